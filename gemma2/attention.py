@@ -1,0 +1,115 @@
+"""Attention kernels and the table they are chosen from.
+
+A kernel declares what it supports. Asking one for a feature it lacks raises; nothing is dropped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from schemas.errors import ConfigError
+
+_QUERY_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An attention function and the features it computes exactly."""
+
+    run: Callable[..., Array]
+    cap: bool
+    window: bool
+    segments: bool
+    backward: bool
+    head_sizes: frozenset[int] | None = None  # None: any
+
+
+def choose(
+    name: str, *, cap: float | None, window: int | None, head_size: int, backward: bool
+) -> Callable[..., Array]:
+    """The kernel `name` (auto: the first in the table that fits). Raises ConfigError by feature."""
+    candidates = list(KERNELS) if name == "auto" else [name]
+    lacking: list[str] = []
+    for candidate in candidates:
+        if candidate not in KERNELS:
+            raise ConfigError(
+                f"attention must be one of auto, {', '.join(KERNELS)}, but it is '{candidate}'."
+            )
+        kernel = KERNELS[candidate]
+        lacking = [
+            feature
+            for feature, needed, present in (
+                ("soft-cap", cap is not None, kernel.cap),
+                ("window", window is not None, kernel.window),
+                ("backward", backward, kernel.backward),
+                (
+                    f"head size {head_size}",
+                    True,
+                    kernel.head_sizes is None or head_size in kernel.head_sizes,
+                ),
+            )
+            if needed and not present
+        ]
+        if not lacking and kernel.segments:
+            return kernel.run
+    raise ConfigError(
+        f"The attention kernel must support what the model has, but '{name}' lacks "
+        f"{', '.join(lacking)}; use --attention reference."
+    )
+
+
+def reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    cap: float | None,
+    window: int | None,
+) -> Array:
+    """Exact masked attention in XLA; query blocks bound the score matrix.
+
+    query [B, T, H, h] (already scaled), key and value [B, T, K, h] with K dividing H, segment_ids
+    [B, T]. Position t sees s where s <= t, both are of one segment, and t - s < window. Scores,
+    the cap and the softmax are float32. Returns [B, T, H, h] in the value's dtype.
+    """
+    batch, length, heads, size = query.shape
+    groups = heads // key.shape[2]
+    query = query.reshape(batch, length, key.shape[2], groups, size)
+    positions = jnp.arange(length)
+
+    def block(q: Array, q_segments: Array, q_positions: Array) -> Array:
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, key, preferred_element_type=jnp.float32)
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        distance = q_positions[:, None] - positions[None, :]
+        allowed = distance >= 0
+        if window is not None:
+            allowed &= distance < window
+        mask = allowed[None] & (q_segments[:, :, None] == segment_ids[:, None, :])
+        scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, value)
+
+    if length <= _QUERY_BLOCK or length % _QUERY_BLOCK:
+        out = block(query, segment_ids, positions)
+    else:
+        blocks = length // _QUERY_BLOCK
+        out = jax.lax.map(
+            lambda item: jax.checkpoint(block)(*item),
+            (
+                jnp.moveaxis(query.reshape(batch, blocks, _QUERY_BLOCK, *query.shape[2:]), 1, 0),
+                jnp.moveaxis(segment_ids.reshape(batch, blocks, _QUERY_BLOCK), 1, 0),
+                positions.reshape(blocks, _QUERY_BLOCK),
+            ),
+        )
+        out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(batch, length, heads, size)
+
+
+KERNELS: dict[str, Kernel] = {
+    "reference": Kernel(reference, cap=True, window=True, segments=True, backward=True),
+}

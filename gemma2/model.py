@@ -1,0 +1,228 @@
+"""The Gemma 2 decoder: its modules in Flax NNX, and the pure functions that everything else calls.
+
+Source: arXiv 2408.00118. Layers alternate local (sliding window) and global attention, the first is
+local; one `LayerPair` holds both. Pairs are stacked on axis 0 and run by a scan, so that the time to
+compile does not grow with depth. Parameters keep Hugging Face's values (norms as `1 + w`), no scale
+is folded into a weight.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from gemma2 import attention as attention_kernels
+from schemas.model import ModelConfig
+
+Params = dict[str, Any]
+Remat = Literal["none", "full"]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (1 + w) in float32, returned in x's dtype."""
+
+    def __init__(self, size: int, epsilon: float, param_dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.zeros((size,), param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return jnp.einsum(
+            "...d,d->...d", wide * scale, 1.0 + self.weight[...].astype(jnp.float32)
+        ).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel; kernel [inputs, outputs], no bias."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        scale = inputs**-0.5
+        self.kernel = nnx.Param(
+            scale * jax.random.normal(rngs.params(), (inputs, outputs), param_dtype)
+        )
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and a soft-cap on the scores."""
+
+    def __init__(
+        self, config: ModelConfig, window: int | None, rngs: nnx.Rngs, param_dtype: DTypeLike
+    ):
+        self.config, self.window = config, window
+        d, h = config.d_model, config.head_size
+        self.query = Linear(d, config.num_heads * h, rngs, param_dtype)
+        self.key = Linear(d, config.num_kv_heads * h, rngs, param_dtype)
+        self.value = Linear(d, config.num_kv_heads * h, rngs, param_dtype)
+        self.output = Linear(config.num_heads * h, d, rngs, param_dtype)
+
+    def __call__(self, x: Array, segment_ids: Array, kernel: str) -> Array:
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_size)
+        query = rotate(self.query(x).reshape(heads), config.rope_base)
+        key = rotate(self.key(x).reshape(heads), config.rope_base)
+        run = attention_kernels.choose(
+            kernel,
+            cap=config.attention_cap,
+            window=self.window,
+            head_size=config.head_size,
+            backward=True,
+        )
+        out = run(
+            query * jnp.asarray(config.query_scalar**-0.5, query.dtype),
+            key,
+            self.value(x).reshape(heads),
+            segment_ids,
+            cap=config.attention_cap,
+            window=self.window,
+        )
+        return self.output(out.reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """GeGLU with the tanh approximation of GELU."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        self.gate = Linear(config.d_model, config.mlp_width, rngs, param_dtype)
+        self.up = Linear(config.d_model, config.mlp_width, rngs, param_dtype)
+        self.down = Linear(config.mlp_width, config.d_model, rngs, param_dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each between a norm before and a norm after, added to the stream."""
+
+    def __init__(
+        self, config: ModelConfig, window: int | None, rngs: nnx.Rngs, param_dtype: DTypeLike
+    ):
+        norm = partial(RMSNorm, config.d_model, config.norm_epsilon, param_dtype)
+        self.pre_attention_norm, self.post_attention_norm = norm(), norm()
+        self.pre_mlp_norm, self.post_mlp_norm = norm(), norm()
+        self.attention = Attention(config, window, rngs, param_dtype)
+        self.mlp = MLP(config, rngs, param_dtype)
+
+    def __call__(self, x: Array, segment_ids: Array, kernel: str) -> Array:
+        mixed = self.attention(self.pre_attention_norm(x), segment_ids, kernel)
+        x = x + self.post_attention_norm(mixed)
+        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+
+
+class LayerPair(nnx.Module):
+    """A local layer, then a global one."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        self.local_layer = Layer(config, config.window_tokens, rngs, param_dtype)
+        self.global_layer = Layer(config, None, rngs, param_dtype)
+
+    def __call__(self, x: Array, segment_ids: Array, kernel: str) -> Array:
+        return self.global_layer(self.local_layer(x, segment_ids, kernel), segment_ids, kernel)
+
+
+class Gemma2(nnx.Module):
+    """The whole decoder; `pairs` holds the parameters of all layer pairs stacked on axis 0."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
+        self.config = config
+        # Scaled so that the embedded tokens, times sqrt(d_model), have unit variance.
+        self.embedding = nnx.Param(
+            config.d_model**-0.5
+            * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), param_dtype)
+        )
+        make_pair = nnx.vmap(lambda keys: LayerPair(config, keys, param_dtype))
+        self.pairs = make_pair(rngs.fork(split=config.num_layers // 2))
+        self.final_norm = RMSNorm(config.d_model, config.norm_epsilon, param_dtype)
+
+    def __call__(
+        self,
+        tokens: Array,
+        segment_ids: Array,
+        *,
+        dtype: DTypeLike,
+        remat: Remat = "none",
+        attention: str = "auto",
+    ) -> Array:
+        """Final normalised hidden states [B, T, D] in `dtype`."""
+        x = self.embedding[...].astype(dtype)[tokens]
+        x = x * jnp.asarray(self.config.d_model**0.5, dtype)
+        definition, stacked = nnx.split(self.pairs)
+
+        def body(x: Array, pair: Any) -> tuple[Array, None]:
+            return nnx.merge(definition, pair)(x, segment_ids, attention), None
+
+        if remat == "full":
+            body = jax.checkpoint(body)
+        x, _ = jax.lax.scan(body, x, stacked)
+        return self.final_norm(x)
+
+
+def rotate(x: Array, base: float) -> Array:
+    """Rotary positions, half-split form: (x1, x2) of [B, T, heads, h] by angle t / base^(2i/h)."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None, :]
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+
+
+def init_params(config: ModelConfig, key: Array, param_dtype: DTypeLike = jnp.float32) -> Params:
+    """Random parameters as a nested dict of arrays; layer pairs are stacked on axis 0."""
+    model = Gemma2(config, nnx.Rngs(params=key), param_dtype)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    segment_ids: Array,
+    *,
+    dtype: DTypeLike,
+    remat: Remat = "none",
+    attention: str = "auto",
+) -> Array:
+    """Final normalised hidden states [B, T, D] in `dtype`, of tokens and segment ids [B, T].
+
+    Attention is causal and never crosses segment ids; segment 0 is padding.
+    """
+    return _merge(params, config)(
+        tokens, segment_ids, dtype=dtype, remat=remat, attention=attention
+    )
+
+
+def embedding(params: Params) -> Array:
+    """The tied table [V, D]."""
+    return params["embedding"]
+
+
+def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
+    """Soft-capped logits float32 [..., V]; the product is in hidden's dtype, summed in float32."""
+    table = embedding(params).astype(hidden.dtype)
+    scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    if config.final_cap is None:
+        return scores
+    return config.final_cap * jnp.tanh(scores / config.final_cap)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, without making any array."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _merge(params: Params, config: ModelConfig) -> Gemma2:
+    abstract = nnx.eval_shape(lambda: Gemma2(config, nnx.Rngs(params=0)))
+    definition, state = nnx.split(abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(definition, state)
