@@ -203,3 +203,8 @@ class LedgerRecord(Document):
 
 
 Manifest = TokensManifest | TargetsManifest
+
+
+def identity(manifest: Manifest) -> str:
+    """Fingerprint of what a manifest promises: all of it but the versions of the software."""
+    return manifest.model_copy(update={"software": {}}).fingerprint()

@@ -102,3 +102,39 @@ class TrainConfig(Document):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
+
+
+class EvalConfig(Document):
+    """Held-out quality of a model: `retort eval`."""
+
+    store: str = Field(description="Store with held-out tokens; targets are not needed.")
+    model: Path = Field(description="Folder of a Hugging Face Gemma 2 checkpoint.")
+    tokenizer: Path | None = Field(
+        None, description="SentencePiece file for bits per byte; default: the model's own."
+    )
+    batch_sequences: int = Field(8, ge=1)
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
+
+
+class ExportConfig(Document):
+    """A trained student as a Hugging Face folder: `retort export`."""
+
+    run: Path = Field(description="The `out` folder of a training run.")
+    out: Path = Field(description="Folder to create; transformers opens it.")
+    step: int | None = Field(None, ge=0, description="Checkpointed step; default: the newest.")
+
+
+QuickstartSize = Literal["tiny", "small"]
+
+
+class QuickstartConfig(Document):
+    """From a corpus to a distilled student on this machine: `retort quickstart`."""
+
+    out: Path = Field(Path("runs/quickstart"), description="Folder for everything that is made.")
+    corpus: tuple[str, ...] = Field(
+        (), description="Files or folders of text, JSONL or Parquet; default: Python's own library."
+    )
+    size: QuickstartSize = Field(
+        "small", description="small: the ten-minute run; tiny: a one-minute check of the plumbing."
+    )
+    seed: int = Field(0, ge=0, description="Of the students: initialisation and order of rows.")
