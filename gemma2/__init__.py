@@ -1,0 +1,1 @@
+"""Gemma 2, the model that teacher and student share: decoder, presets, Hugging Face checkpoints."""

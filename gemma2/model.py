@@ -1,9 +1,9 @@
 """The Gemma 2 decoder: its modules in Flax NNX, and the pure functions that everything else calls.
 
-Source: arXiv 2408.00118. Layers alternate local (sliding window) and global attention, the first is
-local; one `LayerPair` holds both. Pairs are stacked on axis 0 and run by a scan, so that the time to
-compile does not grow with depth. Parameters keep Hugging Face's values (norms as `1 + w`), no scale
-is folded into a weight.
+Source: arXiv 2408.00118. Layers alternate local (sliding window) and global attention, the first
+is local; one `LayerPair` holds both. Pairs are stacked on axis 0 and run by a scan, so that the
+time to compile does not grow with depth. Parameters keep Hugging Face's values (norms as `1 + w`);
+no scale is folded into a weight.
 """
 
 from functools import partial

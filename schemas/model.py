@@ -17,7 +17,7 @@ class ModelConfig(Document):
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_size: int = Field(gt=0, description="Even, for rotary halves.")
-    query_scalar: float = Field(gt=0, description="Queries are scaled by query_scalar ** -0.5.")
+    query_scalar: int = Field(gt=0, description="Queries are scaled by query_scalar ** -0.5.")
     window_tokens: int = Field(
         4096, gt=0, description="Keys a local layer sees, the query's own position included."
     )

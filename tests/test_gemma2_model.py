@@ -1,0 +1,120 @@
+"""Parameter counts, packed segments, remat and bf16 of the decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma2 import attention, model, presets
+from schemas.errors import ConfigError
+
+TINY = presets.PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "others"),
+    [
+        ("gemma2-2.6b", 590_118_912, 2_024_517_888),
+        ("gemma2-9b", 917_962_752, 8_324_201_984),
+        ("gemma2-27b", 1_180_237_824, 26_047_480_320),
+    ],
+)
+def test_parameter_counts_are_the_reports(name, embedding, others):
+    config = presets.PRESETS[name]
+    assert config.vocab_size * config.d_model == embedding
+    assert model.num_parameters(config) == embedding + others
+
+
+def test_27b_query_scale_is_not_the_head_size():
+    config = presets.PRESETS["gemma2-27b"]
+    assert (config.query_scalar, config.head_size) == (144, 128)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return model.init_params(TINY, jax.random.key(0))
+
+
+def hidden(params, tokens, segments, **options):
+    options = {"dtype": jnp.float32} | options
+    return model.hidden_states(params, TINY, jnp.asarray(tokens), jnp.asarray(segments), **options)
+
+
+def test_packed_documents_are_as_if_alone(params):
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, TINY.vocab_size, (1, n)).astype(np.int32) for n in (21, 40))
+    packed = np.concatenate([first, second, np.zeros((1, 3), np.int32)], axis=1)
+    segments = np.repeat([1, 2, 0], [21, 40, 3])[None].astype(np.int32)
+    together = hidden(params, packed, segments)
+    for document, part in ((first, together[:, :21]), (second, together[:, 21:61])):
+        alone = hidden(params, document, np.ones_like(document))
+        np.testing.assert_allclose(part, alone, atol=2e-5)
+    merged = hidden(params, packed, np.ones_like(packed))
+    assert np.abs(merged[:, 21:61] - together[:, 21:61]).max() > 0.1
+
+
+def test_later_tokens_change_nothing_before_them(params):
+    tokens = np.arange(50, dtype=np.int32)[None]
+    changed = tokens.copy()
+    changed[0, 30] = 400
+    ones = np.ones_like(tokens)
+    before, after = hidden(params, tokens, ones), hidden(params, changed, ones)
+    np.testing.assert_array_equal(before[:, :30], after[:, :30])
+    assert np.abs(before[:, 30:] - after[:, 30:]).max() > 0.1
+
+
+def test_query_blocks_change_nothing(monkeypatch):
+    keys = jax.random.split(jax.random.key(3), 3)
+    query, key, value = (
+        jax.random.normal(k, (2, 64, heads, 8)) for k, heads in zip(keys, (4, 2, 2), strict=True)
+    )
+    segments = jnp.repeat(jnp.array([1, 2]), 32)[None].repeat(2, axis=0)
+    whole = attention.reference(query, key, value, segments, cap=5.0, window=9)
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 16)
+    blocked = attention.reference(query, key, value, segments, cap=5.0, window=9)
+    np.testing.assert_allclose(whole, blocked, atol=1e-6)
+
+
+def test_remat_changes_no_gradient(params):
+    tokens = jnp.arange(48, dtype=jnp.int32)[None]
+
+    def loss(params, remat):
+        return jnp.sum(jnp.square(hidden(params, tokens, jnp.ones_like(tokens), remat=remat)))
+
+    plain, full = (jax.grad(loss)(params, remat) for remat in ("none", "full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, full)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
+
+
+def test_bfloat16_is_near_float32(params):
+    tokens = jnp.arange(48, dtype=jnp.int32)[None]
+    ones = jnp.ones_like(tokens)
+    wide, narrow = hidden(params, tokens, ones), hidden(params, tokens, ones, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16
+    error = jnp.abs(wide - narrow.astype(jnp.float32))
+    assert 1e-4 < float(jnp.max(error)) < 0.15
+
+
+def test_depth_does_not_grow_the_program():
+    def size(layers):
+        config = TINY.model_copy(update={"num_layers": layers})
+        shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        run = jax.jit(lambda p, t: model.hidden_states(p, config, t, t, dtype=jnp.float32))
+        return len(run.lower(shapes, tokens).as_text().splitlines())
+
+    assert size(8) == size(2)
+
+
+def test_a_kernel_without_a_feature_is_refused_by_name(monkeypatch):
+    plain = attention.Kernel(attention.reference, False, True, True, True)
+    monkeypatch.setitem(attention.KERNELS, "plain", plain)
+    needs = {"window": 4, "head_size": 8, "backward": True}
+    attention.choose("plain", cap=None, **needs)
+    with pytest.raises(ConfigError, match="'plain' lacks soft-cap"):
+        attention.choose("plain", cap=50.0, **needs)
+
+
+def test_an_unknown_model_names_the_presets():
+    with pytest.raises(ConfigError, match=r"preset \(gemma2-2\.6b.*'gemma3' is neither"):
+        presets.resolve("gemma3")
