@@ -1,0 +1,314 @@
+"""The sparse-target loss: a vocabulary head that never holds the logits of all its tokens.
+
+For one position with stored weights p̂ on ids S, mass m = Σ p̂ and capped student logits
+s = c·tanh(z/c), the distillation loss is m·logsumexp(s) − Σ_{i∈S} p̂_i s_i, mixed with hard-label
+cross-entropy logsumexp(s) − s_label by alpha. A scan over chunks of whole blocks forms the logits
+of one chunk at a time and, when the loss is differentiated, the gradients with them, so that the
+logits are never formed twice. No model and no store is known here: hidden states, the tied table
+and arrays of entries come in.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from schemas.errors import ConfigError
+
+# With a soft-cap c every logit lies in [−c, c]: up to this c, Σ exp(s) over 2^31 ids neither
+# overflows nor underflows float32 (e^60 · 2^31 < 3.4e38), so that no running maximum is needed.
+LARGEST_CAP_WITHOUT_MAXIMUM = 60.0
+
+
+class Targets(NamedTuple):
+    """What the positions of a batch should predict; all of it is constant to the gradient.
+
+    B rows of T tokens; E entry slots a row, block b of a row owning slots [b·K, (b+1)·K) with
+    K = E / (T / block_tokens). Without stored targets E is 0.
+    """
+
+    labels: jax.Array
+    """int32 [B, T], the next token's id; any valid id where `label_weight` is 0."""
+    label_weight: jax.Array
+    """float32 [B, T], weight of the label's cross-entropy: 0 where there is no next token."""
+    entry_id: jax.Array
+    """int32 [B, E], vocabulary id of each entry, -1 in an unused slot."""
+    entry_position: jax.Array
+    """int32 [B, E], position of each entry in its row; in an unused slot any one of its block."""
+    entry_weight: jax.Array
+    """float32 [B, E], the stored weight p̂; 0 in an unused slot."""
+    entry_scale: jax.Array
+    """float32 [B, T], weight of the position's distillation loss."""
+
+
+class LossSums(NamedTuple):
+    """Sums over positions; divide by the sums of their weights for means in nats."""
+
+    loss: jax.Array
+    """float32 [], Σ alpha·entry_scale·kd + (1 - alpha)·label_weight·ce: to differentiate."""
+    kd: jax.Array
+    """float32 [], Σ entry_scale·(m·logsumexp - Σ p̂ s)."""
+    ce: jax.Array
+    """float32 [], Σ label_weight·(logsumexp - s_label)."""
+    position_kd: jax.Array
+    """float32 [B, T], m·logsumexp - Σ p̂ s of each position, without its weight."""
+    position_ce: jax.Array
+    """float32 [B, T], logsumexp - s_label of each position, without its weight."""
+
+
+class Head(NamedTuple):
+    """What is static about the head; hashable, so that it may key a compiled function."""
+
+    valid_vocab: int
+    """Ids the tokenizer knows; the table's rows from here on are padding and get no mass."""
+    final_cap: float | None
+    block_tokens: int
+    """Tokens that share one fixed run of entry slots; divides T. 1 without stored targets."""
+    chunk_tokens: int
+    """Tokens whose logits exist at once; rounded down to whole blocks, at least one."""
+    table_axis: str | None = None
+    """Inside shard_map: the mesh axis over which the table is sharded."""
+    table_dimension: int = 0
+    """The dimension of the table that `table_axis` shards."""
+    batch_axes: tuple[str, ...] = ()
+    """Inside shard_map: the mesh axes over which the rows are sharded."""
+
+
+def sparse_target_loss(
+    hidden: jax.Array, table: jax.Array, targets: Targets, alpha: jax.Array | float, head: Head
+) -> LossSums:
+    """Distillation and label losses of a batch, with gradients to `hidden`, `table` and `alpha`.
+
+    Args:
+      hidden: [B, T, D] after the final norm, in the compute dtype, which the three matrix
+        products read; they accumulate in float32.
+      table: [V, D] tied embedding in its master dtype. Inside shard_map with `head.table_axis`
+        set: this device's part, gathered here in the compute dtype; its gradient comes back
+        summed over `head.batch_axes` and scattered as the table is.
+      targets: of these B rows.
+      alpha: weight of the stored targets, a Python float or a scalar that may be traced.
+      head: static description.
+
+    Only `loss` carries gradients. Inside shard_map the three sums are over all devices, while the
+    [B, T] arrays are this device's.
+    """
+    tokens = hidden.shape[1]
+    if tokens % head.block_tokens or targets.entry_id.shape[1] % (tokens // head.block_tokens):
+        raise ConfigError(
+            f"The loss needs rows of whole blocks, but {tokens} tokens with "
+            f"{targets.entry_id.shape[1]} entry slots are not blocks of {head.block_tokens} "
+            "tokens; pass the store's block_tokens."
+        )
+    alpha = jnp.asarray(alpha, jnp.float32)
+    return _head_loss(head, hidden, table, lax.stop_gradient(targets), alpha)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss(
+    head: Head, hidden: jax.Array, table: jax.Array, targets: Targets, alpha: jax.Array
+) -> LossSums:
+    sums, _ = _scan_chunks(head, hidden, table, targets, alpha, with_gradients=False)
+    return sums
+
+
+def _forward(
+    head: Head, hidden: jax.Array, table: jax.Array, targets: Targets, alpha: jax.Array
+) -> tuple[LossSums, Any]:
+    sums, (hidden_gradient, table_gradient) = _scan_chunks(
+        head, hidden, table, targets, alpha, with_gradients=True
+    )
+    return sums, (hidden_gradient, table_gradient, sums.kd - sums.ce, targets, table[:0])
+
+
+def _backward(head: Head, residuals: Any, cotangent: LossSums) -> tuple[Any, ...]:
+    hidden_gradient, table_gradient, alpha_gradient, targets, empty_table = residuals
+    scale = cotangent.loss
+    return (
+        hidden_gradient * scale.astype(hidden_gradient.dtype),
+        (table_gradient * scale).astype(empty_table.dtype),
+        jax.tree.map(_zero_cotangent, targets),
+        alpha_gradient * scale,
+    )
+
+
+_head_loss.defvjp(_forward, _backward)
+
+
+def _zero_cotangent(array: jax.Array) -> Any:
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return jnp.zeros_like(array)
+    return np.zeros(array.shape, jax.dtypes.float0)
+
+
+class _Chunk(NamedTuple):
+    """One chunk's inputs: C tokens, the K entry slots of their blocks."""
+
+    hidden: jax.Array  # [C, D]
+    labels: jax.Array  # int32 [C]
+    label_weight: jax.Array  # float32 [C]
+    entry_id: jax.Array  # int32 [K]
+    entry_token: jax.Array  # int32 [K], token of the chunk
+    entry_weight: jax.Array  # float32 [K]
+    entry_scale: jax.Array  # float32 [C]
+
+
+def _split_chunks(head: Head, hidden: jax.Array, targets: Targets) -> _Chunk:
+    """Whole blocks, stacked into chunks on axis 0; the last chunk is filled with weight 0."""
+    batch, tokens, _ = hidden.shape
+    blocks_per_row = tokens // head.block_tokens
+    blocks = batch * blocks_per_row
+    chunks = -(-blocks // max(1, head.chunk_tokens // head.block_tokens))
+    blocks_per_chunk = -(-blocks // chunks)
+    slots = targets.entry_id.shape[1] // blocks_per_row
+
+    def cut(array: jax.Array, per_block: int, fill: int) -> jax.Array:
+        array = array.reshape(blocks * per_block, *array.shape[2:])
+        missing = (chunks * blocks_per_chunk - blocks) * per_block
+        if missing:
+            padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
+            array = jnp.pad(array, padding, constant_values=fill)
+        return array.reshape(chunks, blocks_per_chunk * per_block, *array.shape[1:])
+
+    # Position in the row → token of the chunk: the offset in its block + the block's first token.
+    offset = cut(targets.entry_position, slots, 0) % head.block_tokens
+    first = jnp.repeat(jnp.arange(blocks_per_chunk, dtype=jnp.int32) * head.block_tokens, slots)
+    return _Chunk(
+        hidden=cut(hidden, head.block_tokens, 0),
+        labels=cut(targets.labels, head.block_tokens, 0),
+        label_weight=cut(targets.label_weight, head.block_tokens, 0),
+        entry_id=cut(targets.entry_id, slots, -1),
+        entry_token=offset + first[None, :],
+        entry_weight=cut(targets.entry_weight, slots, 0),
+        entry_scale=cut(targets.entry_scale, head.block_tokens, 0),
+    )
+
+
+def _scan_chunks(
+    head: Head,
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: Targets,
+    alpha: jax.Array,
+    with_gradients: bool,
+) -> tuple[LossSums, Any]:
+    """The loss and, with gradients, (hidden's [B, T, D], the table's float32 [V, D])."""
+    weights = table.astype(hidden.dtype)
+    if head.table_axis is not None:
+        weights = lax.all_gather(weights, head.table_axis, axis=head.table_dimension, tiled=True)
+
+    def step(table_gradient: Any, chunk: _Chunk) -> tuple[Any, Any]:
+        logits = jnp.einsum("cd,vd->cv", chunk.hidden, weights, preferred_element_type=jnp.float32)
+        losses, gradient = _chunk_loss(head, chunk, logits, alpha)
+        if not with_gradients:
+            return None, (losses, None)
+        dx = jnp.einsum("cv,vd->cd", gradient, weights, preferred_element_type=jnp.float32)
+        dw = jnp.einsum("cv,cd->vd", gradient, chunk.hidden, preferred_element_type=jnp.float32)
+        return table_gradient + dw, (losses, dx.astype(hidden.dtype))
+
+    # The carry is as large as one float32 table: it is the gradient itself.
+    carry: Any = None
+    if with_gradients:
+        carry = jnp.zeros(weights.shape, jnp.float32)
+        if head.batch_axes:
+            carry = lax.pcast(carry, head.batch_axes, to="varying")
+    carry, ((chunk_kd, chunk_ce), chunk_dx) = lax.scan(
+        step, carry, _split_chunks(head, hidden, targets)
+    )
+    batch, tokens, width = hidden.shape
+    kd = chunk_kd.reshape(-1)[: batch * tokens].reshape(batch, tokens)
+    ce = chunk_ce.reshape(-1)[: batch * tokens].reshape(batch, tokens)
+    kd_sum = jnp.sum(targets.entry_scale * kd)
+    ce_sum = jnp.sum(targets.label_weight * ce)
+    if head.batch_axes:
+        kd_sum, ce_sum = lax.psum((kd_sum, ce_sum), head.batch_axes)
+    sums = LossSums(alpha * kd_sum + (1 - alpha) * ce_sum, kd_sum, ce_sum, kd, ce)
+    if not with_gradients:
+        return sums, None
+    dx = chunk_dx.reshape(-1, width)[: batch * tokens].reshape(hidden.shape)
+    return sums, (dx, _reduce_over_devices(head, carry))
+
+
+def _reduce_over_devices(head: Head, table_gradient: jax.Array) -> jax.Array:
+    """Sum over the devices that hold other rows; every device keeps its own part of the table."""
+    others = tuple(axis for axis in head.batch_axes if axis != head.table_axis)
+    if head.table_axis is not None:
+        table_gradient = lax.psum_scatter(
+            table_gradient, head.table_axis, scatter_dimension=head.table_dimension, tiled=True
+        )
+    return lax.psum(table_gradient, others) if others else table_gradient
+
+
+def _chunk_loss(
+    head: Head, chunk: _Chunk, logits: jax.Array, alpha: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """((kd [C], ce [C]), d loss / d logits [C, V] in the compute dtype) of float32 logits [C, V].
+
+    With s the capped logit and q = softmax(s), the gradient of one row is
+    (1 − (s/c)²)·(alpha·(m·q − p̂) + (1−alpha)·(q − onehot(label))). It is dense but for the
+    entries, which are computed apart and then *set*: both are rounded to the compute dtype (for
+    the two products that follow) only after their differences were taken in float32, no dense copy
+    of the targets exists, and there is no adding scatter, which would be atomic on a GPU.
+    """
+    rows, width = logits.shape
+    known = lax.broadcasted_iota(jnp.int32, (rows, width), 1) < head.valid_vocab
+    capped, slope = _soft_cap(head.final_cap, logits)
+    if head.final_cap is not None and head.final_cap <= LARGEST_CAP_WITHOUT_MAXIMUM:
+        shift = jnp.zeros((rows,), jnp.float32)
+    else:
+        shift = jnp.max(jnp.where(known, capped, -jnp.inf), axis=1)
+    # Padded rows of the table are masked after the cap, which would make −inf finite.
+    exponential = jnp.where(known, jnp.exp(capped - shift[:, None]), 0.0)
+    total = jnp.sum(exponential, axis=1)
+    logsumexp = shift + jnp.log(total)
+
+    label_logit = jnp.take_along_axis(logits, chunk.labels[:, None], axis=1)[:, 0]
+    ce = logsumexp - _soft_cap(head.final_cap, label_logit)[0]
+
+    token = chunk.entry_token
+    entry_logit = logits[token, jnp.maximum(chunk.entry_id, 0)]
+    entry_capped, entry_slope = _soft_cap(head.final_cap, entry_logit)
+    surprise = logsumexp[token] - entry_capped
+    mass, kd = jnp.split(
+        jax.ops.segment_sum(
+            jnp.stack([chunk.entry_weight, chunk.entry_weight * surprise], axis=1),
+            token,
+            num_segments=rows,
+        ),
+        2,
+        axis=1,
+    )
+    mass, kd = mass[:, 0], kd[:, 0]
+
+    target_scale = alpha * chunk.entry_scale
+    label_scale = (1 - alpha) * chunk.label_weight
+    softmax_scale = target_scale * mass + label_scale
+    is_label = lax.broadcasted_iota(jnp.int32, (rows, width), 1) == chunk.labels[:, None]
+    gradient = slope * (
+        exponential * (softmax_scale / total)[:, None]
+        - jnp.where(is_label, label_scale[:, None], 0.0)
+    )
+    entry_gradient = entry_slope * (
+        softmax_scale[token] * jnp.exp(-surprise)
+        - target_scale[token] * chunk.entry_weight
+        - jnp.where(chunk.entry_id == chunk.labels[token], label_scale[token], 0.0)
+    )
+    # Unused slots (−1) would wrap around to the last id; sent past the end they are dropped.
+    column = jnp.where(chunk.entry_id < 0, width, chunk.entry_id)
+    dtype = chunk.hidden.dtype
+    gradient = (
+        gradient.astype(dtype)
+        .at[token, column]
+        .set(entry_gradient.astype(dtype), mode="drop", unique_indices=True)
+    )
+    return (kd, ce), gradient
+
+
+def _soft_cap(cap: float | None, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(c·tanh(z/c), its derivative 1 − tanh²(z/c)); (z, 1) without a cap."""
+    if cap is None:
+        return logits, jnp.ones_like(logits)
+    ratio = jnp.tanh(logits / cap)
+    return cap * ratio, 1 - ratio * ratio
