@@ -1,0 +1,1 @@
+"""Looking at a store: what a person sees of it in the terminal."""

@@ -1,0 +1,289 @@
+"""A store in the terminal: each view as plain data (for `--json`) and as something to print.
+
+Corpus text is hostile: control characters are shown as signs, and nothing is taken for markup.
+"""
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from logit_store import layout, reader
+from logit_store.statistics import Distribution, Summary, distributions, summary
+from logit_store.verify import Report
+from schemas.errors import ConfigError
+from schemas.manifest import TargetsManifest, TokensManifest
+
+PieceText = Callable[[int], str]
+_CANDIDATES = 6
+_SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
+
+
+def visible(text: str) -> str:
+    """Text with white space and control characters as signs, safe to print anywhere."""
+    return "".join(_SIGNS.get(c, "�" if unicodedata.category(c)[0] == "C" else c) for c in text)
+
+
+# inspect
+
+
+def inspect_data(url: str) -> dict[str, Any]:
+    """What a store is: tokens, every set of targets, completeness, sizes."""
+    manifest = layout.read_manifest(url, None)
+    assert isinstance(manifest, TokensManifest)
+    targets = {}
+    for name in layout.list_targets(url):
+        about = layout.read_manifest(url, name)
+        assert isinstance(about, TargetsManifest)
+        targets[name] = {
+            "teacher": about.teacher.model_dump(),
+            "sampler": about.sampler.model_dump(),
+            "weight_code": about.weight_code,
+            "seed": about.seed,
+            "summary": summary(url, name).as_dict(),
+        }
+    return {
+        "store": url,
+        "format_version": manifest.format_version,
+        "tokenizer": manifest.tokenizer.model_dump(),
+        "sequence_tokens": manifest.sequence_tokens,
+        "source_files": len(manifest.sources),
+        "source_bytes": sum(source.size_bytes for source in manifest.sources),
+        "software": manifest.software,
+        "tokens": summary(url, None).as_dict(),
+        "targets": targets,
+    }
+
+
+def inspect_view(data: dict[str, Any]) -> RenderableType:
+    """One screen from `inspect_data`."""
+    tokens = Summary(**data["tokens"])
+    parts: list[RenderableType] = [
+        _pairs(
+            f"{data['store']}: format version {data['format_version']}",
+            [
+                (
+                    "tokens",
+                    f"{tokens.tokens:,} in {tokens.sequences:,} x {data['sequence_tokens']:,}",
+                ),
+                ("complete", _complete(tokens)),
+                (
+                    "tokenizer",
+                    f"{data['tokenizer']['vocab_size']:,} pieces, "
+                    f"{data['tokenizer']['sha256'][:12]}",
+                ),
+                ("sources", f"{data['source_files']:,} files, {data['source_bytes']:,} bytes"),
+                ("made with", ", ".join(f"{k} {v}" for k, v in data["software"].items())),
+            ],
+        )
+    ]
+    for name, about in data["targets"].items():
+        found = Summary(**about["summary"])
+        sampler = about["sampler"]
+        parts += [
+            _pairs(
+                f"targets '{name}'",
+                [
+                    (
+                        "teacher",
+                        f"{about['teacher']['name']}, weights "
+                        f"{about['teacher']['weights_sha256'][:12]}",
+                    ),
+                    (
+                        "sampler",
+                        f"{sampler['name']}, {sampler['entries_per_token']} entries per "
+                        f"token over blocks of {sampler['block_tokens']}, "
+                        f"{about['weight_code']}, seed {about['seed']}",
+                    ),
+                    ("complete", _complete(found)),
+                    (
+                        "entries per token",
+                        f"{found.entries_per_token:.2f} (most {found.max_entries})",
+                    ),
+                    ("stored mass", f"{found.mean_mass:.4f}"),
+                    ("teacher entropy", f"{found.mean_entropy_nats:.3f} nats"),
+                    ("teacher's loss", f"{-found.mean_label_logprob_nats:.3f} nats per token"),
+                    ("bytes per token", f"{found.bytes_per_token:.2f}"),
+                ],
+            ),
+            _sizes(found),
+        ]
+    return Group(*parts)
+
+
+# show
+
+
+def show_data(
+    url: str, name: str | None, sequence: int, position: int | None, count: int, text: PieceText
+) -> dict[str, Any]:
+    """One sequence: its tokens and, for `count` positions from `position`, the stored candidates.
+
+    name None shows the tokens alone. Raises ConfigError for a sequence or position out of range.
+    """
+    tokens_reader = reader.TokensReader(url)
+    manifest = tokens_reader.manifest
+    _check_range("sequence", sequence, manifest.num_sequences)
+    start = 0 if position is None else position
+    _check_range("position", start, manifest.sequence_tokens)
+    stop = min(start + count, manifest.sequence_tokens)
+    if name is None:
+        row = tokens_reader.rows([sequence])
+        batch = None
+    else:
+        batch = reader.TargetsReader(url, name).rows([sequence])
+        row = reader.TokenRows(batch.tokens, batch.segment_ids)
+    return {
+        "store": url,
+        "targets": name,
+        "sequence": sequence,
+        "text": "".join(text(int(i)) for i in row.tokens[0, start:stop]),
+        "positions": [_position(row, batch, t, text) for t in range(start, stop)],
+    }
+
+
+def _position(
+    row: reader.TokenRows, batch: reader.TargetBatch | None, t: int, text: PieceText
+) -> dict[str, Any]:
+    token = int(row.tokens[0, t])
+    found: dict[str, Any] = {
+        "position": t,
+        "segment": int(row.segment_ids[0, t]),
+        "token": token,
+        "text": text(token),
+    }
+    if batch is None or batch.entry_count[0, t] == 0:
+        return found
+    label = int(row.tokens[0, t + 1])
+    slots = np.flatnonzero((batch.entry_position[0] == t) & (batch.entry_id[0] >= 0))
+    slots = slots[np.argsort(-batch.entry_weight[0, slots], kind="stable")]
+    ids = batch.entry_id[0, slots]
+    at = np.flatnonzero(ids == label)
+    return found | {
+        "entropy_nats": float(batch.teacher_entropy[0, t]),
+        "label": label,
+        "label_text": text(label),
+        "label_probability": float(np.exp(batch.label_logprob[0, t])),
+        "label_rank_among_stored": int(at[0]) + 1 if at.size else None,
+        "label_weight": float(batch.entry_weight[0, slots[at[0]]]) if at.size else 0.0,
+        "candidates": [
+            {"id": int(i), "text": text(int(i)), "weight": float(batch.entry_weight[0, s])}
+            for i, s in zip(ids, slots, strict=True)
+        ],
+    }
+
+
+def show_view(data: dict[str, Any]) -> RenderableType:
+    """A row per position: token, entropy, true next token, heaviest candidates."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading, justify in (("pos", "right"), ("token", "left"), ("nats", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("next", no_wrap=True, max_width=14)
+    table.add_column("p", justify="right", no_wrap=True)
+    table.add_column("candidates", overflow="fold")
+    for item in data["positions"]:
+        row = [Text(str(item["position"])), Text(visible(item["text"]))]
+        if "candidates" in item:
+            shown = Text("  ").join(
+                Text.assemble((visible(c["text"]), "bold"), f" {c['weight']:.3f}")
+                for c in item["candidates"][:_CANDIDATES]
+            )
+            more = len(item["candidates"]) - _CANDIDATES
+            row += [
+                Text(f"{item['entropy_nats']:.2f}"),
+                Text(visible(item["label_text"])),
+                Text(f"{item['label_probability']:.3f}"),
+                shown + Text(f"  +{more}" if more > 0 else ""),
+            ]
+        table.add_row(*row)
+    where = f"{data['store']}: sequence {data['sequence']}"
+    return Group(Text(where, style="bold"), table)
+
+
+# stats
+
+
+def stats_data(url: str, name: str, max_sequences: int) -> dict[str, Any]:
+    """Summary and distributions of one set of targets."""
+    found = distributions(url, name, max_sequences)
+    return {
+        "store": url,
+        "targets": name,
+        "summary": summary(url, name).as_dict(),
+        "distributions": {
+            key: {"mean": d.mean, "percentiles": d.percentiles} for key, d in found.items()
+        },
+    }
+
+
+def stats_view(data: dict[str, Any]) -> RenderableType:
+    """Percentiles of each quantity, and sizes."""
+    table = Table("over predicted tokens", "mean", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows = {key: Distribution(**value) for key, value in data["distributions"].items()}
+    for percentile in next(iter(rows.values())).percentiles if rows else ():
+        table.add_column("max" if percentile == 100 else f"p{percentile}", justify="right")
+    for key, found in rows.items():
+        table.add_row(key, f"{found.mean:.3f}", *(f"{v:.3f}" for v in found.percentiles.values()))
+    title = Text(f"{data['store']}: targets '{data['targets']}'", style="bold")
+    return Group(title, table, _sizes(Summary(**data["summary"])))
+
+
+# verify
+
+
+def verify_data(url: str, report: Report) -> dict[str, Any]:
+    """A verification's result."""
+    return {
+        "store": url,
+        "ok": report.ok,
+        "files": report.files,
+        "bytes": report.bytes,
+        "shards": report.shards,
+        "missing_shards": report.missing_shards,
+        "problems": [{"file": p.file, "shard": p.shard, "what": p.what} for p in report.problems],
+    }
+
+
+def verify_view(url: str, report: Report) -> RenderableType:
+    """One line, then one for each problem."""
+    checked = f"{report.shards} shards, {report.files} files, {report.bytes:,} bytes"
+    if report.missing_shards:
+        checked += f"; {report.missing_shards} shards are not committed yet"
+    if report.ok:
+        return Text(f"{url}: intact ({checked})")
+    lines = [Text(f"{url}: {len(report.problems)} problems ({checked})", style="bold")]
+    return Group(*lines, *(Text(f"  {problem}") for problem in report.problems))
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> RenderableType:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for key, value in rows:
+        table.add_row(Text(f"  {key}"), Text(value))
+    return Group(Text(title, style="bold"), table)
+
+
+def _sizes(found: Summary) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("  array", "bytes", "per token"):
+        table.add_column(heading, justify="left" if heading == "  array" else "right")
+    sizes = found.array_bytes | {"metadata, ledger": found.metadata_bytes}
+    for name, size in sizes.items():
+        table.add_row(f"  {name}", f"{size:,}", f"{size / max(found.tokens, 1):.2f}")
+    return table
+
+
+def _complete(found: Summary) -> str:
+    if found.committed_shards == found.shards:
+        return f"yes, {found.shards} shards"
+    return f"no, {found.committed_shards} of {found.shards} shards"
+
+
+def _check_range(what: str, value: int, stop: int) -> None:
+    if not 0 <= value < stop:
+        raise ConfigError(
+            f"--{what} must be in [0, {stop}), but it is {value}; choose one in that range."
+        )

@@ -1,0 +1,197 @@
+"""Checks every byte of a store against its ledger, its manifests and the format's rules.
+
+Finds any flipped, truncated, missing or extra byte and says which file and which shard it is in. It
+reads only: what is damaged is mended by deleting the shard's ledger record and running the job
+again.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from logit_store import layout, ledger, reader
+from logit_store.decode import check_targets
+from logit_store.writer import tokens_digest
+from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
+from schemas.manifest import LedgerRecord, Manifest, ShardFile, TargetsManifest
+
+Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: the file (relative to the store), its shard if it has one, and what."""
+
+    file: str
+    shard: int | None
+    what: str
+
+    def __str__(self) -> str:
+        place = self.file if self.shard is None else f"shard {self.shard}: {self.file}"
+        return f"{place}: {self.what}"
+
+
+@dataclass
+class Report:
+    """What a verification found; `ok` if nothing is wrong with what is committed."""
+
+    files: int = 0
+    bytes: int = 0
+    shards: int = 0
+    missing_shards: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(url: str, progress: Progress = lambda done, note: None) -> Report:
+    """Check a whole store; `progress` gets the number of shards checked so far.
+
+    Raises StoreNotFoundError if there is no store. Shards that are not committed are counted, and
+    are no problem.
+    """
+    report = Report()
+    known = {layout.GROUP_KEY}
+    keys = layout.list_keys(layout.open_kvstore(url))
+    if not keys:
+        raise StoreNotFoundError(
+            f"A store must exist to be verified, but there is nothing at {url}; check the path."
+        )
+    names: list[str | None] = [None, *layout.list_targets(url)]
+    targets_group = layout.TARGETS + layout.GROUP_KEY
+    if targets_group in keys:
+        known.add(targets_group)
+        _expect(url, report, targets_group, layout.group_json(None))
+    for name in names:
+        known |= _verify_group(url, name, set(keys), report, progress)
+    for key in keys:
+        if key not in known and not key.endswith(layout.LOCK_SUFFIX):
+            report.problems.append(
+                Problem(key, _shard_of(key), "no manifest or ledger record knows this file")
+            )
+    return report
+
+
+def _verify_group(
+    url: str, name: str | None, keys: set[str], report: Report, progress: Progress
+) -> set[str]:
+    """Check one group; returns the keys that belong to it."""
+    group = layout.group_path(name)
+    known = {group + layout.GROUP_KEY}
+    try:
+        manifest = layout.read_manifest(url, name)
+    except RetortError as error:
+        report.problems.append(Problem(group + layout.GROUP_KEY, None, str(error)))
+        # Without a manifest nothing else of the group can be judged.
+        return known | {key for key in keys if key.startswith(group)}
+    _expect(url, report, group + layout.GROUP_KEY, layout.group_json(manifest))
+    arrays = layout.arrays(manifest)
+    for spec in arrays.values():
+        key = f"{group}{spec.name}/{layout.GROUP_KEY}"
+        known.add(key)
+        _expect(url, report, key, layout.array_json(spec))
+    committed = ledger.committed_indices(url, name)
+    planned = {spec.index: spec for spec in ledger.plan_shards(manifest)}
+    report.missing_shards += len(planned.keys() - committed)
+    for index, spec in planned.items():
+        shard_keys = {group + array.shard_key(index) for array in arrays.values()}
+        record_key = group + layout.ledger_key(index)
+        known |= shard_keys | {record_key}
+        if index not in committed:
+            # Data without a record is what a killed writer leaves; it is not part of the store.
+            continue
+        report.shards += 1
+        try:
+            record = ledger.read_record(url, name, index)
+        except CorruptStoreError as error:
+            report.problems.append(Problem(record_key, index, str(error)))
+            continue
+        if record is None:
+            continue
+        if record.spec != spec:
+            report.problems.append(
+                Problem(record_key, index, "the record is of another manifest or row range")
+            )
+        is_whole = _check_files(url, group, index, record.files, shard_keys, report)
+        if is_whole:
+            _check_contents(url, name, manifest, record, index, report)
+        progress(report.shards, group + str(index))
+    return known
+
+
+def _check_files(
+    url: str,
+    group: str,
+    index: int,
+    files: tuple[ShardFile, ...],
+    shard_keys: set[str],
+    report: Report,
+) -> bool:
+    """Compare a shard's files with its record; True if all are as recorded."""
+    before = len(report.problems)
+    store = layout.open_kvstore(url, group)
+    recorded = {group + file.key for file in files}
+    for key in sorted(shard_keys ^ recorded):
+        report.problems.append(Problem(key, index, "the record's files are not the format's"))
+    for file in files:
+        raw = layout.read_bytes(store, file.key)
+        key = group + file.key
+        if raw is None:
+            report.problems.append(Problem(key, index, "the file is missing"))
+            continue
+        report.files += 1
+        report.bytes += len(raw)
+        if len(raw) != file.size_bytes:
+            report.problems.append(
+                Problem(key, index, f"it has {len(raw)} bytes and not {file.size_bytes}")
+            )
+        elif hashlib.sha256(raw).hexdigest() != file.sha256:
+            report.problems.append(Problem(key, index, "its bytes differ from their SHA-256"))
+    return len(report.problems) == before
+
+
+def _check_contents(
+    url: str,
+    name: str | None,
+    manifest: Manifest,
+    record: LedgerRecord,
+    index: int,
+    report: Report,
+) -> None:
+    """Decode a shard whose files are whole and check the format's rules and the token link."""
+    rows = np.arange(record.spec.first_row, record.spec.stop_row)
+    where = layout.group_path(name) + layout.ledger_key(index)
+    try:
+        tokens = reader.TokensReader(url).rows(rows)
+        if tokens_digest(tokens.tokens) != record.tokens_sha256:
+            report.problems.append(
+                Problem(where, index, "the tokens are not those that the shard was computed from")
+            )
+        if isinstance(manifest, TargetsManifest):
+            targets = reader.TargetsReader(url, str(name)).stored(rows)
+            segments = tokens.segment_ids.astype(np.uint16)
+            check_targets(manifest, segments, targets, record.spec.first_row)
+    except (RetortError, ValueError) as error:
+        report.problems.append(Problem(where, index, str(error)))
+
+
+def _expect(url: str, report: Report, key: str, expected: bytes) -> None:
+    """A metadata file must be exactly the bytes that the manifest implies."""
+    raw = layout.read_bytes(layout.open_kvstore(url), key)
+    if raw is None:
+        report.problems.append(Problem(key, None, "the file is missing"))
+        return
+    report.files += 1
+    report.bytes += len(raw)
+    if raw != expected:
+        report.problems.append(Problem(key, None, "its bytes are not those the manifest implies"))
+
+
+def _shard_of(key: str) -> int | None:
+    found = re.search(r"/c/(\d+)/", key)
+    return int(found[1]) if found else None
