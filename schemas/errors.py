@@ -46,5 +46,9 @@ class CheckpointError(RetortError, ValueError):
     """A checkpoint cannot be read into this model or continued by this run."""
 
 
+class DivergenceError(RetortError, FloatingPointError):
+    """Training produced a loss that is not a number."""
+
+
 class MissingDependencyError(RetortError, ImportError):
     """An optional package that the requested feature needs is not installed."""
