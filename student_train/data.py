@@ -1,0 +1,205 @@
+"""Batches as a pure function of (step, seed, store).
+
+There is no iterator state: the rows of a step are found by arithmetic from a stateless permutation
+of each epoch, so that a run resumes at any step, on any number of hosts, and two students with one
+seed see the same rows in the same order, whatever their targets. Each host reads its own rows.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Generator
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from logit_store.reader import TargetsReader, TokensReader
+from schemas.errors import IncompleteStoreError
+from schemas.manifest import TargetsManifest, TokensManifest, identity
+
+_ROUNDS = 6
+
+
+class Batch(NamedTuple):
+    """B rows of L tokens, NumPy or JAX; E entry slots a row, 0 of them without stored targets."""
+
+    tokens: np.ndarray | jax.Array
+    """int32 [B, L]."""
+    segment_ids: np.ndarray | jax.Array
+    """int32 [B, L], 0 for padding."""
+    entry_id: np.ndarray | jax.Array
+    """int32 [B, E], -1 in unused slots."""
+    entry_position: np.ndarray | jax.Array
+    """int32 [B, E], position in the row."""
+    entry_weight: np.ndarray | jax.Array
+    """float32 [B, E], 0 in unused slots."""
+    teacher_entropy: np.ndarray | jax.Array
+    """float32 [B, L], nats; zeros without stored targets."""
+    label_logprob: np.ndarray | jax.Array
+    """float32 [B, L], the teacher's log-probability of the next token; zeros without targets."""
+
+
+def permuted(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
+    """int64 images of `index` (values in [0, size)) under the permutation of [0, size) by `key`.
+
+    A Feistel network on the smallest even number of bits that holds `size`, walked until the image
+    is below it (Black and Rogaway 2002): O(1) memory for any number of rows.
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    shift = np.uint64(half_bits)
+    round_keys = [
+        np.frombuffer(hashlib.sha256(key + bytes([number])).digest()[:8], "<u8")[0]
+        for number in range(_ROUNDS)
+    ]
+
+    def encrypt(values: np.ndarray) -> np.ndarray:
+        left, right = values >> shift, values & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        return (left << shift) | right
+
+    values = encrypt(np.asarray(index).astype(np.uint64))
+    while (outside := values >= size).any():
+        values[outside] = encrypt(values[outside])
+    return values.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014), wrapping at 2^64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class RowOrder(NamedTuple):
+    """Which rows a step takes: every epoch is another permutation of all rows."""
+
+    num_rows: int
+    seed: int
+    tokens_identity: str
+    """Identity of the store's tokens; the targets have no say."""
+
+    def rows(self, step: int, batch_sequences: int) -> np.ndarray:
+        """int64 [B] rows of the 0-based `step`; a batch may reach into the next epoch."""
+        index = step * batch_sequences + np.arange(batch_sequences, dtype=np.int64)
+        epoch, place = np.divmod(index, self.num_rows)
+        rows = np.empty_like(index)
+        for number in np.unique(epoch):
+            key = hashlib.sha256(f"{self.seed}/{self.tokens_identity}/{number}".encode()).digest()
+            chosen = epoch == number
+            rows[chosen] = permuted(place[chosen], self.num_rows, key)
+        return rows
+
+
+class Source(Protocol):
+    """A store as the trainer reads it."""
+
+    tokens_manifest: TokensManifest
+    targets_manifest: TargetsManifest | None
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """The given rows, in their order, as NumPy arrays."""
+
+
+class StoreSource:
+    """A store's rows, with one set of targets or without (`targets` None).
+
+    Raises IncompleteStoreError unless every shard is committed: rows are drawn from all of them.
+    """
+
+    def __init__(self, store: str, targets: str | None):
+        self._targets = None if targets is None else TargetsReader(store, targets)
+        self._tokens = TokensReader(store) if self._targets is None else self._targets.tokens
+        self.tokens_manifest = self._tokens.manifest
+        self.targets_manifest = None if self._targets is None else self._targets.manifest
+        for what, reader in (("tokens", self._tokens), (f"targets '{targets}'", self._targets)):
+            if reader is not None and len(reader.committed) < reader.manifest.num_shards:
+                raise IncompleteStoreError(
+                    f"Training draws from all rows, but only {len(reader.committed)} of the "
+                    f"{reader.manifest.num_shards} shards of the {what} of {store} are committed; "
+                    "run the job that writes them again."
+                )
+
+    def read(self, rows: np.ndarray) -> Batch:
+        if self._targets is None:
+            found = self._tokens.rows(rows)
+            return label_batch(found.tokens, found.segment_ids)
+        stored = self._targets.rows(rows)
+        return Batch(*(getattr(stored, name) for name in Batch._fields))
+
+
+def label_batch(tokens: np.ndarray, segment_ids: np.ndarray) -> Batch:
+    """A batch without stored targets."""
+    none = np.zeros((len(tokens), 0), np.int32)
+    zeros = np.zeros(tokens.shape, np.float32)
+    return Batch(tokens, segment_ids, none, none, none.astype(np.float32), zeros, zeros)
+
+
+def row_order(source: Source, seed: int) -> RowOrder:
+    """The order in which a run with `seed` reads a store."""
+    manifest = source.tokens_manifest
+    return RowOrder(manifest.num_sequences, seed, identity(manifest))
+
+
+def place(rows: np.ndarray, read: Callable[[np.ndarray], Batch], where: NamedSharding) -> Batch:
+    """The global batch of `rows` [B], of which this host reads only what its devices hold."""
+    total = len(rows)
+    slices = where.addressable_devices_indices_map((total,)).values()
+    mine = np.unique(np.concatenate([np.arange(total)[index] for index in slices]))
+    local = read(rows[mine])
+
+    def global_array(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(total)
+            first = int(np.searchsorted(mine, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((total, *array.shape[1:]), where, part)
+
+    return Batch(*(global_array(np.asarray(array)) for array in local))
+
+
+def prefetch(
+    make: Callable[[int], Batch], first: int, stop: int, depth: int = 2
+) -> Generator[tuple[int, Batch], None, None]:
+    """(step, make(step)) for steps in [first, stop), made ahead by one background thread.
+
+    `depth` batches wait at most. An exception of `make` is raised here, at its step. Closing the
+    iterator ends the thread.
+    """
+    ready: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: tuple[int, Batch | BaseException]) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        for step in range(first, stop):
+            try:
+                made: Batch | BaseException = make(step)
+            except BaseException as error:  # noqa: BLE001 - raised again in the consumer
+                made = error
+            if not put((step, made)) or isinstance(made, BaseException):
+                return
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, stop):
+            step, made = ready.get()
+            if isinstance(made, BaseException):
+                raise made
+            yield step, made
+    finally:
+        closed.set()
+        thread.join()

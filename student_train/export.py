@@ -1,0 +1,53 @@
+"""A trained student as a Hugging Face folder."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from gemma2 import checkpoint as gemma2_checkpoint
+from gemma2 import model as gemma2
+from schemas.errors import CheckpointError
+from schemas.model import ModelConfig
+from schemas.runs import ExportConfig
+from student_train import mesh as meshes
+from student_train.checkpoint import Checkpoints
+
+EXPORT_FOLDER = "export"
+
+
+def export(config: ExportConfig, *, tokenizer: Path | None = None) -> int:
+    """Write a checkpointed step of a run as float32 safetensors; returns the step.
+
+    Raises CheckpointError if the run has no such checkpoint.
+    """
+    if not config.run.is_dir():
+        raise CheckpointError(
+            f"run must be the `out` folder of a training run, but {config.run} is no folder; "
+            "check the path."
+        )
+    with Checkpoints(config.run, keep=None) as checkpoints:
+        known = checkpoints.steps()
+        step = (known[-1] if known else None) if config.step is None else config.step
+        if step is None or step not in known:
+            raise CheckpointError(
+                f"step must be a checkpointed one, but {config.run} has {known or 'none'} and "
+                f"{'none was' if step is None else step} asked for; choose one of them."
+            )
+        model = checkpoints.identity(step).model
+        shapes = jax.eval_shape(partial(gemma2.init_params, model), jax.random.key(0))
+        host = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = meshes.abstract(shapes, jax.tree.map(lambda _: host, shapes))
+        write(config.out, model, checkpoints.restore_params(step, abstract), tokenizer)
+        return step
+
+
+def write(folder: Path, model: ModelConfig, params: Any, tokenizer: Path | None) -> None:
+    """Gather the parameters to the first host, which writes them, atomically."""
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() == 0:
+        gemma2_checkpoint.save(folder, model, jax.device_get(params), tokenizer)

@@ -1,0 +1,385 @@
+"""Training from a config to an exported student: the one place where the room's parts meet.
+
+In order: the run is identified, a finished one is reused, targets are checked against tokens, the
+state is made or restored, steps run, the last state is evaluated, saved and exported. Everything a
+step needs is a function of its number, so a run that was cut off continues bit for bit.
+"""
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma2 import checkpoint as gemma2_checkpoint
+from gemma2 import presets
+from schemas.base import Document
+from schemas.errors import ConfigError, DivergenceError
+from schemas.model import ModelConfig
+from schemas.runs import TrainConfig
+from student_train import alignment, export
+from student_train import mesh as meshes
+from student_train.checkpoint import Checkpoints, RunIdentity
+from student_train.data import StoreSource, place, prefetch, row_order
+from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
+from student_train.interrupt import Interrupt, watch
+from student_train.metrics import Metrics
+from student_train.step import (
+    State,
+    StepMetrics,
+    abstract_state,
+    init_state,
+    make_head,
+    make_state,
+    make_train_step,
+)
+
+RESULT_FILE = "result.json"
+ALIGNMENT_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """Told to the caller after every step, and while evaluating."""
+
+    step: int
+    """Steps done."""
+    note: str
+    """A few words for a console line."""
+    record: dict[str, Any] | None = None
+    """The record that was just written to the metrics, if any."""
+
+
+OnEvent = Callable[[TrainEvent], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left behind."""
+
+    evaluation: Evaluation | None
+    """Of the last step; None without `eval_store`."""
+    metrics: Path
+    """JSON lines."""
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    export: Path
+    """Hugging Face folder."""
+    resumed_from: int | None
+    """The step this call continued from; None if it started anew or reused a finished run."""
+    reused: bool
+    """Whether the run had finished before, so that nothing was computed."""
+
+
+class _Finished(Document):
+    """`result.json`: written last, so that its presence means that all else is there."""
+
+    run: RunIdentity
+    eval_store: str | None
+    evaluation: Evaluation | None
+    metrics: str
+    checkpoint: str
+    export: str
+
+
+def train(
+    config: TrainConfig,
+    *,
+    piece_bytes: np.ndarray | None = None,
+    tokenizer: Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: threading.Event | None = None,
+    devices: Sequence[Any] | None = None,
+) -> TrainResult:
+    """Train, continue or reuse the run in `config.out`.
+
+    Args:
+      config: the run.
+      piece_bytes: int32 [V], UTF-8 bytes of each id, for bits per byte.
+      tokenizer: SentencePiece file that is copied into the export.
+      on_event: called after every step.
+      stop: once set, the run is saved and TrainingInterrupted raised, as after SIGTERM.
+      devices: default all.
+
+    Raises ConfigError, ManifestMismatchError, IncompleteStoreError, AlignmentError, CheckpointError
+    or DivergenceError; TrainingInterrupted (a SystemExit) after a signal, the state being saved.
+    """
+    tell = on_event or (lambda event: None)
+    with watch(stop) as interrupt:
+        result = _Run(config, piece_bytes, tokenizer, tell, interrupt, devices).result()
+        if interrupt.requested() and not result.reused:
+            interrupt.raise_at(config.steps)
+        return result
+
+
+class _Run:
+    """One call of `train`: what is fixed before the first step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        piece_bytes: np.ndarray | None,
+        tokenizer: Path | None,
+        tell: OnEvent,
+        interrupt: Interrupt,
+        devices: Sequence[Any] | None,
+    ):
+        self.config, self.tell, self.interrupt = config, tell, interrupt
+        self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
+        self.model = presets.resolve(config.model)
+        self.source = StoreSource(config.store, config.targets)
+        vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
+        check_vocabulary(self.model, vocab_size, config.store)
+        self.mesh = meshes.make_mesh(config.mesh, devices)
+        meshes.check_batch(self.mesh, config.batch_sequences)
+        self.identity = RunIdentity.of(config, self.model, self.source)
+        self.order = row_order(self.source, config.seed)
+        self.abstract = abstract_state(self.model, config, self.mesh)
+        self.head = make_head(
+            self.model, vocab_size, self.source.targets_manifest, config.loss_chunk_tokens
+        )
+
+    def result(self) -> TrainResult:
+        finished = self._finished()
+        if finished is not None:
+            return finished
+        if self.source.targets_manifest is not None:
+            self._check_alignment()
+        with Checkpoints(self.config.out, self.config.keep_checkpoints) as checkpoints:
+            state, resumed_from = self._first_state(checkpoints)
+            with Metrics(
+                self.config.out, resumed_from or 0, silent=jax.process_index() != 0
+            ) as metrics:
+                state, evaluation = self._run(state, checkpoints, metrics)
+            checkpoints.save(state, self.identity)
+            checkpoints.wait()
+            return self._finish(state, evaluation, checkpoints, metrics, resumed_from)
+
+    def _finished(self) -> TrainResult | None:
+        """The result of an earlier call that finished. Raises CheckpointError if it differs."""
+        path = self.config.out / RESULT_FILE
+        if not path.exists():
+            return None
+        found = _Finished.parse(json.loads(path.read_text()), str(path))
+        self.identity.check(found.run, path)
+        out = self.config.out
+        if found.eval_store != self.config.eval_store or not (out / found.export).is_dir():
+            return None
+        return TrainResult(
+            evaluation=found.evaluation,
+            metrics=out / found.metrics,
+            checkpoint=out / found.checkpoint,
+            export=out / found.export,
+            resumed_from=None,
+            reused=True,
+        )
+
+    def _finish(
+        self,
+        state: State,
+        evaluation: Evaluation | None,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        resumed_from: int | None,
+    ) -> TrainResult:
+        out = self.config.out
+        folder = out / export.EXPORT_FOLDER
+        export.write(folder, self.model, state.params, self.tokenizer)
+        checkpoint = checkpoints.folder / str(self.config.steps)
+        finished = _Finished(
+            run=self.identity,
+            eval_store=self.config.eval_store,
+            evaluation=evaluation,
+            metrics=metrics.path.name,
+            checkpoint=str(checkpoint.relative_to(out.absolute())),
+            export=folder.name,
+        )
+        if jax.process_index() == 0:
+            _write_atomically(out / RESULT_FILE, finished.model_dump_json(indent=2))
+        return TrainResult(evaluation, metrics.path, checkpoint, folder, resumed_from, reused=False)
+
+    def _check_alignment(self) -> None:
+        count = min(ALIGNMENT_SEQUENCES, self.order.num_rows)
+        batch = self.source.read(np.unique(self.order.rows(0, count)))
+        alignment.check_alignment(batch, f"'{self.config.targets}' of {self.config.store}")
+
+    def _first_state(self, checkpoints: Checkpoints) -> tuple[State, int | None]:
+        """The newest checkpoint's state and its step, or a new state and None."""
+        known = checkpoints.steps()
+        if known:
+            where = checkpoints.folder / str(known[-1])
+            self.identity.check(checkpoints.identity(known[-1]), where)
+            return checkpoints.restore(known[-1], self.abstract), known[-1]
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        if self.config.init is None:
+            make = partial(make_state, self.model, self.config)
+            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed)), None
+        found, params = gemma2_checkpoint.load(self.config.init, dtype=np.float32)
+        _check_init(found, self.model, self.config.init)
+        params = jax.device_put(params, shardings.params)
+        make = partial(init_state, config=self.config)
+        return jax.jit(make, out_shardings=shardings)(params), None
+
+    def _run(
+        self, state: State, checkpoints: Checkpoints, metrics: Metrics
+    ) -> tuple[State, Evaluation | None]:
+        """All remaining steps; returns the last state and its evaluation."""
+        config = self.config
+        train_step = make_train_step(self.model, config, self.head, self.mesh)
+        reporter = _Reporter(config, self.source.tokens_manifest.sequence_tokens, metrics)
+        where = meshes.rows_sharding(self.mesh)
+        evaluator = self._evaluator()
+
+        def batch_of(step: int) -> Any:
+            return place(self.order.rows(step, config.batch_sequences), self.source.read, where)
+
+        first = int(state.step)
+        # A run that was cut off between a checkpoint and its evaluation makes up for it here.
+        evaluation = self._evaluate(evaluator, first, state, checkpoints, metrics)
+        batches = prefetch(batch_of, first, config.steps)
+        try:
+            for step, batch in batches:
+                state, step_metrics = train_step(state, batch)
+                done = step + 1
+                # One step is under way while the one before it is read: the device never waits.
+                self._tell_all(reporter.add(done, step_metrics))
+                asked = self._is_asked_to_stop(done)
+                if asked or done % config.checkpoint_every == 0 or done == config.steps:
+                    self._tell_all(reporter.flush())
+                    checkpoints.save(state, self.identity)
+                if asked:
+                    checkpoints.wait()
+                    self.interrupt.raise_at(done)
+                if self._is_evaluated(done):
+                    self._tell_all(reporter.flush())
+                    evaluation = self._evaluate(evaluator, done, state, checkpoints, metrics)
+        finally:
+            batches.close()
+        return state, evaluation
+
+    def _is_asked_to_stop(self, step: int) -> bool:
+        """Several hosts must agree, which costs a round trip: they ask when they log."""
+        if jax.process_count() == 1 or step % self.config.log_every == 0:
+            return self.interrupt.agreed()
+        return False
+
+    def _evaluator(self) -> Evaluator | None:
+        if self.config.eval_store is None:
+            return None
+        return Evaluator(
+            self.config.eval_store,
+            self.model,
+            self.mesh,
+            batch_sequences=self.config.batch_sequences,
+            dtype=self.config.dtype,
+            piece_bytes=self.piece_bytes,
+        )
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.eval_every
+        return step == self.config.steps or (every > 0 and step > 0 and step % every == 0)
+
+    def _evaluate(
+        self,
+        evaluator: Evaluator | None,
+        step: int,
+        state: State,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+    ) -> Evaluation | None:
+        """Evaluate, if `step` is one to evaluate, and report it unless it was reported before."""
+        if evaluator is None or not self._is_evaluated(step):
+            return None
+
+        def on_rows(done: int, total: int) -> None:
+            self.tell(TrainEvent(step, f"evaluating {done}/{total}"))
+            if self.interrupt.agreed():
+                checkpoints.save(state, self.identity)
+                checkpoints.wait()
+                self.interrupt.raise_at(step)
+
+        evaluation = evaluator(state.params, on_rows)
+        record = {
+            "step": step,
+            "eval_nats_per_token": evaluation.nats_per_token,
+            "eval_bits_per_byte": evaluation.bits_per_byte,
+        }
+        metrics.write(record)
+        self.tell(TrainEvent(step, f"held out {evaluation.nats_per_token:.4f}", record))
+        return evaluation
+
+    def _tell_all(self, events: list[TrainEvent]) -> None:
+        for event in events:
+            self.tell(event)
+
+
+class _Reporter:
+    """Reads each step's metrics one step late, and writes those of every `log_every`-th step."""
+
+    def __init__(self, config: TrainConfig, sequence_tokens: int, metrics: Metrics):
+        self._config, self._metrics = config, metrics
+        self._tokens_per_step = config.batch_sequences * sequence_tokens
+        self._waiting: tuple[int, StepMetrics] | None = None
+        self._note = ""
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: StepMetrics) -> list[TrainEvent]:
+        """Take a step that was just dispatched; returns the events of the one before."""
+        events = self.flush()
+        self._waiting = (step, metrics)
+        return events
+
+    def flush(self) -> list[TrainEvent]:
+        """Wait for the step that was taken last. Raises DivergenceError if its loss is no number."""
+        if self._waiting is None:
+            return []
+        step, device_metrics = self._waiting
+        self._waiting = None
+        values = {name: float(value) for name, value in device_metrics._asdict().items()}
+        if not math.isfinite(values["loss"]):
+            raise DivergenceError(
+                f"The loss must be finite, but at step {step} it is {values['loss']}; lower "
+                "optimizer.learning_rate and continue from the last checkpoint under another `out`."
+            )
+        self._steps += 1
+        self._note = f"loss {values['loss']:.4f}"
+        if step % self._config.log_every and step != self._config.steps:
+            return [TrainEvent(step, self._note)]
+        now = time.perf_counter()
+        rate = self._steps * self._tokens_per_step / (now - self._since)
+        self._steps, self._since = 0, now
+        if self._config.targets is None:
+            for name in ("kd", "kl", "teacher_entropy", "teacher_ce"):
+                del values[name]
+        record = {"step": step, **values, "tokens_per_second": round(rate, 1)}
+        self._metrics.write(record)
+        return [TrainEvent(step, self._note, record)]
+
+
+def _check_init(found: ModelConfig, wanted: ModelConfig, folder: Path) -> None:
+    ours, theirs = wanted.model_dump(), found.model_dump()
+    differing = [
+        f"{name} is {theirs[name]} there and {ours[name]} here"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"init must be a checkpoint of the run's model, but in {folder} "
+            f"{'; '.join(differing)}; give its config as the model."
+        )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    work = path.with_suffix(".tmp")
+    work.write_text(text)
+    os.replace(work, path)

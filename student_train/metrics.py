@@ -1,0 +1,78 @@
+"""What a run reports: JSON lines, one a record, and TensorBoard. Both survive a resume.
+
+A record belongs to a step. On a resume everything after the restored step is cut away, so that no
+step is ever reported twice.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Metrics:
+    """Writes records of a run under its `out` folder; use as a context manager."""
+
+    def __init__(self, out: Path, restored_step: int, *, silent: bool = False):
+        """Continue after `restored_step`; 0 starts anew. `silent` (all hosts but one) writes none."""
+        self.path = out / METRICS_FILE
+        self._silent = silent
+        if silent:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        self._kept = _truncate(self.path, restored_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(out / TENSORBOARD_FOLDER), purge_step=restored_step + 1, write_to_disk=True
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record with a `step`, unless one that was kept from before gives its names."""
+        if self._silent or self._has(record):
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, record["step"])
+
+    def _has(self, record: dict[str, Any]) -> bool:
+        return any(
+            kept["step"] == record["step"] and kept.keys() >= record.keys() for kept in self._kept
+        )
+
+    def close(self) -> None:
+        if self._silent:
+            return
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Keep whole records up to `last_step`; returns them. The file is replaced atomically."""
+    kept: list[dict[str, Any]] = []
+    if not path.exists():
+        return kept
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            # Only the last line can be cut short, by a kill while it was written.
+            break
+        if record["step"] <= last_step:
+            kept.append(record)
+    work = path.with_suffix(".tmp")
+    work.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(work, path)
+    return kept
