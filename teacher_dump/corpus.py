@@ -7,14 +7,15 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, MissingDependencyError
 from schemas.manifest import SourceFile
 from schemas.runs import CorpusConfig
 
@@ -38,7 +39,7 @@ def list_files(config: CorpusConfig) -> list[InputFile]:
     """
     found: dict[str, InputFile] = {}
     for path in config.paths:
-        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem, root = _open_filesystem(path)
         if not filesystem.exists(root):
             raise ConfigError(f"Every corpus path must exist, but {path} does not; correct it.")
         is_folder = filesystem.isdir(root)
@@ -89,6 +90,21 @@ def read_file(path: str, config: CorpusConfig) -> tuple[SourceFile, list[str]]:
     return source, kept
 
 
+def _open_filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system that serves `path`, and the path inside it."""
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"A corpus at a URL needs the package that reads it, but for {path}: {error}."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"A corpus path must be a local path or a URL that fsspec reads, but {path} is not "
+            f"({error}); correct it."
+        ) from error
+
+
 def _passes(text: str, config: CorpusConfig) -> bool:
     longest = config.max_characters
     return len(text) >= config.min_characters and (longest is None or len(text) <= longest)
@@ -108,7 +124,7 @@ def _read_jsonl(path: str, raw: bytes, field: str) -> list[str]:
     if path.endswith(".gz"):
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(
                 f"A .gz file must be whole, but {path} is not ({error}); make it again."
             ) from error

@@ -22,9 +22,9 @@ def pack(
     tokens = np.full(rows * sequence_tokens, pad_id, np.int32)
     if total:
         tokens[:total] = np.concatenate([d for d in documents if len(d)])
-    number = np.zeros(rows * sequence_tokens, np.int64)
-    number[:total] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    number = number.reshape(rows, sequence_tokens)
+    flat = np.zeros(rows * sequence_tokens, np.int64)
+    flat[:total] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    number = flat.reshape(rows, sequence_tokens)
     # Within a row, count the changes of document rather than subtract, as documents may be empty.
     changes = np.zeros(number.shape, np.int64)
     changes[:, 1:] = number[:, 1:] != number[:, :-1]

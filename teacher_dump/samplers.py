@@ -1,10 +1,11 @@
 """Samplers: from a block's next-token distributions to a fixed number of stored entries (JAX).
 
 Each sampler proposes entries (position, id, weight); one shared step sorts them, merges repeats
-and counts. Nothing of the size of a block times the vocabulary is sorted or cumulated: picks are
-found by searching the sums of chunks of the vocabulary, then one chunk. Shapes are fixed.
+and counts. Nothing of the size of a block times the vocabulary is sorted, cumulated or copied:
+picks are found by searching the sums of chunks of the vocabulary, then one chunk. Shapes are fixed.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,16 +14,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from schemas.errors import BudgetError
-from schemas.manifest import SamplerSpec
+from schemas.manifest import SamplerName, SamplerSpec
 
 _CHUNK = 128
 _MAX_PASSES = 64
-# A tail entry's inclusion probability stays this far below 1: rounding cannot pick it twice.
-_HEAD_SLACK = 1e-3
+# A tail entry's inclusion probability stays this far below 1, so that float32 rounding (1e-5 at
+# 200 picks in one position) cannot pick it twice. Larger would put more heads below the tail's
+# weight, and then tail codes are no longer all 0.
+_HEAD_SLACK = 1e-4
+# A position's chunk masses are cumulated as integers that sum to about this.
+_FULL_BITS = 30
+# A float32 in [0, 1) has this many bits; the rest of an integer in [0, 2^30) is drawn at random.
+_FLOAT_BITS = 24
 _NOWHERE = jnp.iinfo(jnp.int32).max
-
-UNBIASED = {"threshold": True, "multinomial": True, "full": True, "top_k": False}
-"""Whether the mean of a sampler's weights over seeds is the teacher's probability."""
+# Smallest normal float32: below, a probability is 0 (some devices flush such numbers anyway).
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class BlockTargets(NamedTuple):
@@ -46,6 +52,14 @@ class _Proposed(NamedTuple):
 
     flat: Array
     weight: Array
+
+
+class Sampler(NamedTuple):
+    """propose(spec, p float32 [B, V], predicted bool [B], key) -> entries, and what it promises."""
+
+    propose: Callable[[SamplerSpec, Array, Array, Array], _Proposed]
+    unbiased: bool
+    """Whether the mean of the weights over seeds is the teacher's probability."""
 
 
 def check(spec: SamplerSpec, vocab_size: int) -> None:
@@ -72,9 +86,10 @@ def sample_block(spec: SamplerSpec, log_probs: Array, predicted: Array, key: Arr
 
     Positions that are not predicted get no entries. A pure function of its arguments.
     """
-    probabilities = jnp.where(predicted[:, None], jnp.exp(log_probs), 0.0)
-    proposed = _SAMPLERS[spec.name](spec, probabilities, predicted, key)
-    return _settle(proposed, spec.entries_per_block, *probabilities.shape)
+    p = jnp.where(predicted[:, None], jnp.exp(log_probs), 0.0)
+    p = jnp.where(p < _TINY, 0.0, p)
+    proposed = SAMPLERS[spec.name].propose(spec, p, predicted, key)
+    return _settle(proposed, spec.entries_per_block, *p.shape)
 
 
 def _settle(proposed: _Proposed, slots: int, positions: int, vocab: int) -> BlockTargets:
@@ -111,26 +126,31 @@ def _threshold(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Pr
     """
     slots = spec.entries_per_block
     vocab = p.shape[1]
+    chunked = _chunked(p)
     tau = _solve_tau(p, slots)
-    slack = tau * (1.0 - _HEAD_SLACK)
-    threshold = jnp.where(jnp.sum(p >= slack) < slots, slack, tau)
-    is_head = (p >= threshold) & (p > 0.0)
-    num_heads = jnp.sum(is_head)
-    tail = _chunked(jnp.where(is_head, 0.0, p))
-    mass = jnp.sum(tail, axis=(1, 2))
-    num_tails = jnp.where(jnp.sum(mass) > 0.0, slots - num_heads, 0)
-    spacing = jnp.sum(mass) / jnp.maximum(num_tails, 1).astype(jnp.float32)
+    slack = jnp.maximum(tau * (1.0 - _HEAD_SLACK), _TINY)
+    heads, tail = _head_and_tail(chunked, slack)
+    # Where near-heads would use up the budget of the tail (all p about equal), they stay in it.
+    fits = (jnp.sum(heads) < slots) | (jnp.sum(tail) == 0.0)
+    limit = jnp.where(fits, slack, jnp.maximum(tau, _TINY))
+    heads, tail = jax.lax.cond(fits, lambda: (heads, tail), lambda: _head_and_tail(chunked, limit))
+    num_heads = jnp.sum(heads)
+    mass = jnp.sum(tail, axis=1)
+    total = jnp.sum(mass)
+    num_tails = jnp.where(total > 0.0, slots - num_heads, 0)
+    spacing = jnp.where(num_tails > 0, total / jnp.maximum(num_tails, 1).astype(jnp.float32), 1.0)
 
     index = jnp.arange(slots)
-    heads = _nth_true(_chunked(is_head), index, vocab)
-    heads = jnp.where(index < num_heads, heads, _NOWHERE)
-    head_weight = p.reshape(-1)[jnp.minimum(heads, p.size - 1)]
+    head = _nth_head(chunked, heads, limit, index, vocab)
+    head = jnp.where(index < num_heads, head, _NOWHERE)
+    head_weight = p.reshape(-1)[jnp.minimum(head, p.size - 1)]
 
-    position, point = _systematic(mass / spacing, num_tails, slots, key)
-    tails = _pick(tail, position, point * spacing, vocab)
-    tails = jnp.where(index < num_tails, tails, _NOWHERE)
+    offset_key, pick_key = jax.random.split(key)
+    position, fraction = _systematic(mass / spacing, num_tails, slots, offset_key)
+    picked = _pick(chunked, tail, limit, position, fraction, pick_key, vocab)
+    picked = jnp.where(index < num_tails, picked, _NOWHERE)
     return _Proposed(
-        jnp.concatenate([heads, tails]),
+        jnp.concatenate([head, picked]),
         jnp.concatenate([head_weight, jnp.broadcast_to(spacing, (slots,))]),
     )
 
@@ -157,14 +177,21 @@ def _solve_tau(p: Array, slots: int) -> Array:
     return jnp.where(jnp.sum(p > 0.0) <= slots, 0.0, tau)
 
 
+def _head_and_tail(chunked: Array, limit: Array) -> tuple[Array, Array]:
+    """Per chunk, how many p >= limit int32 [B, C] and the mass of the others float32 [B, C]."""
+    is_head = chunked >= limit
+    heads = jnp.sum(is_head, axis=2, dtype=jnp.int32)
+    return heads, jnp.sum(jnp.where(is_head, 0.0, chunked), axis=2)
+
+
 def _systematic(mass: Array, total: Array, slots: int, key: Array) -> tuple[Array, Array]:
     """Grid points u, u + 1, … over positions of given mass [B] (in grid steps, sum `total`).
 
-    Returns for each of `slots` points its position int32 and its place inside the position's mass.
-    Sums over positions are exact, in fixed point: float32 would misplace points by 1e-4 steps, more
-    than the mass of most vocabulary entries.
+    Returns for each of `slots` points its position int32 and where in the position's mass it falls,
+    float32 in [0, 1]. Sums over positions are exact, in fixed point: float32 would misplace points
+    by 1e-4 steps, more than the mass of most vocabulary entries.
     """
-    bits = 30 - (mass.shape[0] - 1).bit_length()
+    bits = _FULL_BITS - (mass.shape[0] - 1).bit_length()
     unit = jnp.float32(2**bits)
     whole = jnp.floor(mass)
     fraction = jnp.round((mass - whole) * unit).astype(jnp.uint32)
@@ -179,7 +206,8 @@ def _systematic(mass: Array, total: Array, slots: int, key: Array) -> tuple[Arra
     whole = whole.at[largest].add(adjusted >> bits)
     fraction = fraction.at[largest].set((adjusted & (2**bits - 1)).astype(jnp.uint32))
 
-    offset = jax.random.bits(key, (), jnp.uint32) >> (32 - bits)
+    offset_key, rest_key = jax.random.split(key)
+    offset = jax.random.bits(offset_key, (), jnp.uint32) >> (32 - bits)
     # Points at or before the end of each position: floor(cumulative mass + 1 - u) for u in (0, 1].
     fractions = jnp.cumsum(fraction) + offset
     reached = jnp.cumsum(whole) + (fractions >> bits).astype(jnp.int32)
@@ -189,7 +217,11 @@ def _systematic(mass: Array, total: Array, slots: int, key: Array) -> tuple[Arra
     first = (jnp.uint32(2**bits) - start).astype(jnp.float32) / unit
     index = jnp.arange(slots)
     position = jnp.minimum(jnp.searchsorted(reached, index, side="right"), mass.shape[0] - 1)
-    return position, first[position] + (index - before[position]).astype(jnp.float32)
+    # Below the fixed point's unit the offset is drawn too; it never moves a point's position.
+    below_unit = jax.random.uniform(rest_key) / unit
+    point = first[position] - below_unit + (index - before[position]).astype(jnp.float32)
+    width = whole.astype(jnp.float32) + fraction.astype(jnp.float32) / unit
+    return position, jnp.clip(point / jnp.maximum(width[position], _TINY), 0.0, 1.0)
 
 
 def _multinomial(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Proposed:
@@ -197,10 +229,12 @@ def _multinomial(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _
     assert spec.draws is not None
     positions, vocab = p.shape
     chunked = _chunked(p)
-    mass = jnp.sum(chunked, axis=(1, 2))
     position = jnp.repeat(jnp.arange(positions), spec.draws)
-    point = jax.random.uniform(key, position.shape) * mass[position]
-    flat = jnp.where(predicted[position], _pick(chunked, position, point, vocab), _NOWHERE)
+    point_key, pick_key = jax.random.split(key)
+    fraction = jax.random.uniform(point_key, position.shape)
+    limit = jnp.float32(jnp.inf)
+    flat = _pick(chunked, jnp.sum(chunked, axis=2), limit, position, fraction, pick_key, vocab)
+    flat = jnp.where(predicted[position], flat, _NOWHERE)
     return _Proposed(flat, jnp.full(flat.shape, 1.0 / spec.draws, jnp.float32))
 
 
@@ -209,8 +243,7 @@ def _top_k(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Propos
     positions, vocab = p.shape
     weight, ids = jax.lax.top_k(p, spec.entries_per_token)
     flat = jnp.arange(positions)[:, None] * vocab + ids
-    keep = predicted[:, None] & (weight > 0.0)
-    return _Proposed(jnp.where(keep, flat, _NOWHERE).reshape(-1), weight.reshape(-1))
+    return _Proposed(jnp.where(weight > 0.0, flat, _NOWHERE).reshape(-1), weight.reshape(-1))
 
 
 def _full(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Proposed:
@@ -219,59 +252,78 @@ def _full(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Propose
     return _Proposed(jnp.where(p.reshape(-1) > 0.0, flat, _NOWHERE), p.reshape(-1))
 
 
-_SAMPLERS = {
-    "threshold": _threshold,
-    "multinomial": _multinomial,
-    "top_k": _top_k,
-    "full": _full,
+SAMPLERS: dict[SamplerName, Sampler] = {
+    "threshold": Sampler(_threshold, unbiased=True),
+    "multinomial": Sampler(_multinomial, unbiased=True),
+    "full": Sampler(_full, unbiased=True),
+    "top_k": Sampler(_top_k, unbiased=False),
 }
 
 
-def _chunked(x: Array) -> Array:
-    """[B, V] as [B, chunks, _CHUNK], padded with zeros (False)."""
-    positions, vocab = x.shape
+def _chunked(p: Array) -> Array:
+    """[B, V] as [B, C, _CHUNK], padded with zeros."""
+    positions, vocab = p.shape
     chunks = -(-vocab // _CHUNK)
-    padded = jnp.pad(x, ((0, 0), (0, chunks * _CHUNK - vocab)))
+    padded = jnp.pad(p, ((0, 0), (0, chunks * _CHUNK - vocab)))
     return padded.reshape(positions, chunks, _CHUNK)
 
 
-def _nth_true(mask: Array, index: Array, vocab: int) -> Array:
-    """Flat index (position * vocab + id) of the index-th True of mask [B, chunks, _CHUNK]."""
-    chunks = mask.shape[1]
-    reached = jnp.cumsum(jnp.sum(mask, axis=2, dtype=jnp.int32).reshape(-1))
+def _nth_head(chunked: Array, heads: Array, limit: Array, index: Array, vocab: int) -> Array:
+    """Flat index (position * vocab + id) of the index-th p >= limit; heads int32 [B, C] of them."""
+    chunks = chunked.shape[1]
+    reached = jnp.cumsum(heads.reshape(-1))
     chunk = jnp.minimum(jnp.searchsorted(reached, index, side="right"), reached.size - 1)
-    members = mask.reshape(-1, _CHUNK)[chunk]
-    before = reached[chunk] - jnp.sum(members, axis=1, dtype=jnp.int32)
-    rank = jnp.cumsum(members, axis=1, dtype=jnp.int32) - 1
-    inside = jnp.argmax(members & (rank == (index - before)[:, None]), axis=1)
+    rank = index - (reached[chunk] - heads.reshape(-1)[chunk])
+    is_head = chunked.reshape(-1, _CHUNK)[chunk] >= limit
+    inside = jnp.argmax(jnp.cumsum(is_head, axis=1, dtype=jnp.int32) > rank[:, None], axis=1)
     return ((chunk // chunks) * vocab + (chunk % chunks) * _CHUNK + inside).astype(jnp.int32)
 
 
-def _pick(mass: Array, position: Array, point: Array, vocab: int) -> Array:
-    """Flat index of the element under `point` [M] of the cumulative mass of its position [M].
+def _pick(
+    chunked: Array,
+    mass: Array,
+    limit: Array,
+    position: Array,
+    fraction: Array,
+    key: Array,
+    vocab: int,
+) -> Array:
+    """Flat index of the element of 0 < p < limit at `fraction` [M] of the mass of `position` [M].
 
-    mass [B, chunks, _CHUNK] >= 0. A point that rounding puts past the end takes the last element
-    that has mass.
+    mass float32 [B, C] is that of each chunk's elements below the limit. Chunks are cumulated as
+    integers, which is exact; `key` draws the bits of the place that float32 `fraction` cannot hold,
+    so that an element of a billionth of the position is still found with its own probability.
     """
-    cumulative = jnp.cumsum(jnp.sum(mass, axis=2), axis=1)
-    chunks = cumulative.shape[1]
-    # Just below the end, so that the search always ends on a chunk with mass.
-    point = jnp.minimum(point, cumulative[position, -1] * (1.0 - 1e-7))
-    low = jnp.zeros(position.shape, jnp.int32)
-    high = jnp.full(position.shape, chunks - 1, jnp.int32)
+    chunks = mass.shape[1]
+    whole = jnp.maximum(jnp.sum(mass, axis=1, keepdims=True), _TINY)
+    widths = jnp.round(mass / whole * 2.0**_FULL_BITS).astype(jnp.int32)
+    reached = jnp.cumsum(widths, axis=1)
+    end = reached[position, -1]
+    bits = jax.random.bits(key, position.shape, jnp.uint32)
+    dither = (bits & jnp.uint32(2 ** (_FULL_BITS - _FLOAT_BITS) - 1)).astype(jnp.int32)
+    point = (fraction * end.astype(jnp.float32)).astype(jnp.int32) + dither
+    point = jnp.clip(point, 0, jnp.maximum(end - 1, 0))
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
-        is_right = cumulative[position, middle] <= point
+        is_right = reached[position, middle] <= point
         return jnp.where(is_right, middle + 1, low), jnp.where(is_right, high, middle)
 
-    low, _ = jax.lax.fori_loop(0, (chunks - 1).bit_length() + 1, halve, (low, high))
-    chunk = jnp.minimum(low, chunks - 1)
-    start = jnp.where(chunk > 0, cumulative[position, jnp.maximum(chunk - 1, 0)], 0.0)
-    members = mass[position, chunk]
-    past = jnp.cumsum(members, axis=1) > (point - start)[:, None]
-    last = _CHUNK - 1 - jnp.argmax(members[:, ::-1] > 0.0, axis=1)
+    low = jnp.zeros(position.shape, jnp.int32)
+    high = jnp.full(position.shape, chunks - 1, jnp.int32)
+    chunk, _ = jax.lax.fori_loop(0, (chunks - 1).bit_length(), halve, (low, high))
+    width = widths[position, chunk]
+    place = (point - (reached[position, chunk] - width)).astype(jnp.float32)
+    noise = (bits >> (32 - _FLOAT_BITS)).astype(jnp.float32) * 2.0**-_FLOAT_BITS
+    share = (place + noise) / jnp.maximum(width, 1).astype(jnp.float32)
+    members = chunked[position, chunk]
+    members = jnp.where(members < limit, members, 0.0)
+    cumulative = jnp.cumsum(members, axis=1)
+    # Only what has mass can be picked, whatever rounding does to the sums.
+    has_mass = members > 0.0
+    past = (cumulative > (share * cumulative[:, -1])[:, None]) & has_mass
+    last = _CHUNK - 1 - jnp.argmax(has_mass[:, ::-1], axis=1)
     inside = jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), last)
     return (position * vocab + chunk * _CHUNK + inside).astype(jnp.int32)
 

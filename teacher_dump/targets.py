@@ -57,6 +57,12 @@ def _encode(
             f"{spec.name} sampler do not in block {block} of row {rows[row]}; raise "
             "sampler.entries_per_token."
         )
+    most = np.iinfo(np.uint16).max
+    if blocks["entry_count"].max(initial=0) > most:
+        raise BudgetError(
+            f"A token has at most {most} entries, but one of rows {rows.tolist()[:8]} has "
+            f"{blocks['entry_count'].max()}; lower sampler.entries_per_token or block_tokens."
+        )
     ids = blocks["entry_id"]
     used = ids >= 0
     floor = np.where(used.any(axis=2), blocks["floor"], np.float32(1.0))

@@ -14,6 +14,7 @@ from jax import Array
 
 from gemma2 import checkpoint
 from gemma2.model import Params, hidden_states, logits
+from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
 from schemas.manifest import SamplerSpec, TeacherInfo
 from schemas.model import ModelConfig
@@ -89,8 +90,9 @@ class Gemma2Teacher:
             self._params,
             jnp.asarray(tokens, jnp.int32),
             jnp.asarray(segment_ids, jnp.int32),
+            jnp.asarray(predicted_mask(np.asarray(segment_ids))),
             jnp.asarray(rows, jnp.int32),
-            jax.random.key(seed),
+            _seed_key(seed),
             config=self._config,
             dtype=self._dtype,
             spec=spec,
@@ -98,11 +100,18 @@ class Gemma2Teacher:
         )
 
 
+def _seed_key(seed: int) -> Array:
+    """A PRNG key of all bits of the seed; jax.random.key alone drops those above 32."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return jax.random.fold_in(jax.random.key(low), np.uint32(high))
+
+
 @partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size"))
 def _targets(
     params: Params,
     tokens: Array,
     segment_ids: Array,
+    predicted: Array,
     rows: Array,
     key: Array,
     *,
@@ -115,8 +124,6 @@ def _targets(
     block = spec.block_tokens
     count = length // block
     hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
-    same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, :-1] != 0)
-    predicted = jnp.pad(same, ((0, 0), (0, 1)))
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     keys = jax.vmap(
