@@ -81,6 +81,10 @@ class TrainConfig(Document):
     out: Path = Field(description="Folder for checkpoints, metrics and the exported model.")
     model: str = Field("tiny", description="Preset name, or a YAML or JSON file of a ModelConfig.")
     init: Path | None = Field(None, description="Hugging Face folder to start from.")
+    tokenizer: Path | None = Field(
+        None,
+        description="The store's SentencePiece file: goes into the export, counts bits per byte.",
+    )
     targets: str | None = Field(
         "default", description="Name of the stored targets; none trains on labels alone."
     )

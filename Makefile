@@ -1,0 +1,35 @@
+# quickstart and test need nothing but Python >= 3.11 and a network for package installs.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+.PHONY: quickstart test lint install clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/retort quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --editable . --constraint constraints.txt
+	touch $@
+
+# On Linux the plain wheel of torch brings CUDA; any CPU build of this version will do for the tests.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev,torch]' --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,0 +1,115 @@
+"""Progress for a person: live bars on a terminal, sparse plain lines in a log.
+
+Nothing here knows what is being counted. Bars show the rate and the time left.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Advance = Callable[[int, str], None]
+"""Called with the count done so far and a short note (may be empty)."""
+
+_LOG_SECONDS = 20.0
+_POLL_SECONDS = 0.5
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second, since the bar started."""
+
+    def render(self, task: Task) -> Text:
+        if not task.finished_speed and not task.speed:
+            return Text("-/s")
+        speed = task.finished_speed or task.speed or 0.0
+        return Text(f"{speed:,.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
+
+
+@contextmanager
+def bar(
+    console: Console, label: str, total: int | None, unit: str, done: int = 0
+) -> Iterator[Advance]:
+    """A bar (terminal) or a line every 20 seconds (log); yields the function that advances it."""
+    if console.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        ) as progress:
+            task = progress.add_task(label, total=total, completed=done, note="")
+            yield lambda count, note: progress.update(task, completed=count, note=note)
+        return
+    start = last = time.monotonic()
+    latest = done
+
+    def advance(count: int, note: str) -> None:
+        nonlocal last, latest
+        latest = count
+        now = time.monotonic()
+        if now - last >= _LOG_SECONDS:
+            last = now
+            console.print(_line(label, count, total, unit, (count - done) / (now - start), note))
+
+    yield advance
+    seconds = max(time.monotonic() - start, 1e-9)
+    console.print(
+        f"{label}: {latest:,} {unit} in {seconds:,.1f} s", highlight=False, soft_wrap=True
+    )
+
+
+def _line(label: str, count: int, total: int | None, unit: str, rate: float, note: str) -> str:
+    text = f"{label}: {count:,}"
+    if total is not None:
+        text += f"/{total:,}"
+    text += f" {unit}, {rate:,.1f}/s"
+    if total is not None and rate > 0:
+        text += f", {(total - count) / rate:,.0f} s left"
+    return f"{text} {note}".rstrip()
+
+
+@contextmanager
+def watch(
+    console: Console, label: str, total: int, unit: str, count: Callable[[], int]
+) -> Iterator[None]:
+    """A bar fed by polling `count` from a thread: works on every runner, as it asks the store."""
+    finished = threading.Event()
+    failures: list[BaseException] = []
+    with bar(console, label, total, unit, count()) as advance:
+
+        def poll() -> None:
+            try:
+                while not finished.wait(_POLL_SECONDS):
+                    advance(count(), "")
+            except BaseException as error:  # noqa: BLE001 - raised again below, in the caller
+                failures.append(error)
+
+        thread = threading.Thread(target=poll, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+            advance(count(), "")
+        finally:
+            finished.set()
+            thread.join()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,167 @@
+"""What each verb of the command line does: arguments in, something printed, an exit status out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console, RenderableType
+
+from logit_store import layout
+from logit_store.inspect import terminal
+from logit_store.reader import TokensReader, check_tokenizer
+from logit_store.verify import verify as verify_store
+from pipelines import dump as dump_pipeline
+from pipelines import progress, runner, training
+from pipelines import quickstart as quickstart_run
+from pipelines import tokenize as tokenize_pipeline
+from schemas.base import Document
+from schemas.errors import ConfigError
+from schemas.runs import (
+    DumpConfig,
+    EvalConfig,
+    ExportConfig,
+    QuickstartConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
+from teacher_dump.tokenizer import Tokenizer
+
+EXIT_PROBLEMS = 1
+
+
+class _StoreArguments(Document):
+    store: CliPositionalArg[str] = Field(description="Store: a folder, gs://… or s3://….")
+    json_output: bool = Field(False, alias="json", description="Print JSON.")
+
+
+class InspectArguments(_StoreArguments):
+    """What a store is, how complete, and what it costs: `retort inspect STORE`."""
+
+
+class VerifyArguments(_StoreArguments):
+    """Check every byte of a store; exit status 1 if anything is wrong: `retort verify STORE`."""
+
+
+class StatsArguments(_StoreArguments):
+    """Distributions of a set of targets: `retort stats STORE`."""
+
+    targets: str = Field("default", description="Name of the set of targets.")
+    max_sequences: int = Field(1024, ge=1, description="Rows that are read, evenly spread.")
+
+
+class ShowArguments(_StoreArguments):
+    """One sequence's tokens with the teacher's candidates: `retort show STORE --sequence N`."""
+
+    sequence: int = Field(0, ge=0, description="Row of the store.")
+    position: int | None = Field(None, ge=0, description="First position to show.")
+    count: int = Field(24, ge=1, description="Positions to show.")
+    targets: str | None = Field(
+        "default", description="Name of the set of targets; none shows tokens alone."
+    )
+    tokenizer: Path | None = Field(
+        None, description="SentencePiece model; default: tokenizer.model beside the store."
+    )
+
+
+def quickstart(config: QuickstartConfig, console: Console) -> int:
+    quickstart_run.quickstart(config, console)
+    return 0
+
+
+def tokenize(config: TokenizeConfig, console: Console, beam_options: list[str] | None) -> int:
+    options = runner.parse_options(beam_options or [])
+    console.print(tokenize_pipeline.tokenize(config, console, options))
+    return 0
+
+
+def dump(config: DumpConfig, console: Console, beam_options: list[str] | None) -> int:
+    options = runner.parse_options(beam_options or [])
+    console.print(dump_pipeline.dump(config, console, options))
+    return 0
+
+
+def train(config: TrainConfig, console: Console) -> int:
+    result = training.train(config, console)
+    if result.evaluation is not None:
+        console.print(_quality(result.evaluation))
+    console.print(f"model: {result.export}")
+    return 0
+
+
+def evaluate(config: EvalConfig, console: Console) -> int:
+    console.print(_quality(training.evaluate(config, console)))
+    return 0
+
+
+def export(config: ExportConfig, console: Console) -> int:
+    step = training.export(config)
+    console.print(f"model of step {step}: {config.out}")
+    return 0
+
+
+def inspect(arguments: InspectArguments, console: Console) -> int:
+    data = terminal.inspect_data(arguments.store)
+    return _output(console, arguments, data, lambda: terminal.inspect_view(data))
+
+
+def show(arguments: ShowArguments, console: Console) -> int:
+    data = terminal.show_data(
+        arguments.store,
+        arguments.targets,
+        arguments.sequence,
+        arguments.position,
+        arguments.count,
+        _tokenizer(arguments).piece_text,
+    )
+    return _output(console, arguments, data, lambda: terminal.show_view(data))
+
+
+def stats(arguments: StatsArguments, console: Console) -> int:
+    data = terminal.stats_data(arguments.store, arguments.targets, arguments.max_sequences)
+    return _output(console, arguments, data, lambda: terminal.stats_view(data))
+
+
+def verify(arguments: VerifyArguments, console: Console) -> int:
+    total = sum(
+        layout.read_manifest(arguments.store, name).num_shards
+        for name in [None, *layout.list_targets(arguments.store)]
+    )
+    # The bar goes to stderr, so that --json and pipes get the result alone.
+    with progress.bar(Console(stderr=True), "verify", total, "shards") as advance:
+        report = verify_store(arguments.store, progress=advance)
+    data = terminal.verify_data(arguments.store, report)
+    _output(console, arguments, data, lambda: terminal.verify_view(arguments.store, report))
+    return 0 if report.ok else EXIT_PROBLEMS
+
+
+def _output(console: Console, arguments: _StoreArguments, data: dict[str, Any], view: Any) -> int:
+    if arguments.json_output:
+        print(json.dumps(data))
+        return 0
+    rendered: RenderableType = view()
+    console.print(rendered)
+    return 0
+
+
+def _tokenizer(arguments: ShowArguments) -> Tokenizer:
+    """The tokenizer that made the store. Raises ConfigError if it is another or not found."""
+    path = arguments.tokenizer or Path(arguments.store).parent / training.TOKENIZER_FILE
+    if "://" in arguments.store and arguments.tokenizer is None:
+        raise ConfigError(
+            "To show text, the store's tokenizer is needed, and beside a remote store it is not "
+            "looked for; give --tokenizer FILE."
+        )
+    tokenizer = Tokenizer.load(path)
+    check_tokenizer(
+        TokensReader(arguments.store).manifest, tokenizer.info.sha256, tokenizer.info.vocab_size
+    )
+    return tokenizer
+
+
+def _quality(evaluation: Any) -> str:
+    text = f"held out: {evaluation.nats_per_token:.4f} nats per token"
+    if evaluation.bits_per_byte is not None:
+        text += f", {evaluation.bits_per_byte:.4f} bits per byte"
+    return f"{text} over {evaluation.tokens:,} tokens"

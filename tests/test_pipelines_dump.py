@@ -1,0 +1,254 @@
+"""Tokenize and dump through Beam: the same bytes on every runner, however often it is killed."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gemma2 import checkpoint, model
+from logit_store import reader, writer
+from logit_store.verify import verify
+from pipelines import dump, runner, tokenize
+from schemas.errors import ConfigError, IncompleteStoreError, ManifestMismatchError
+from schemas.manifest import SamplerSpec
+from schemas.model import ModelConfig
+from schemas.runs import CorpusConfig, DumpConfig, TokenizeConfig
+from teacher_dump import tokenizer as tokenizers
+
+QUIET = Console(quiet=True)
+TEACHER = ModelConfig(
+    vocab_size=520,
+    d_model=32,
+    num_layers=2,
+    mlp_width=64,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=16,
+    query_scalar=16,
+    window_tokens=16,
+    max_tokens=64,
+)
+MULTI_PROCESSING = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A corpus of a few sources, a tokenizer and a random teacher."""
+    folder = tmp_path_factory.mktemp("world")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    library = Path(os.__file__).parent
+    names = ("abc.py", "bisect.py", "calendar.py", "heapq.py", "json/decoder.py", "textwrap.py")
+    for number, name in enumerate(names):
+        (corpus / f"{number}.py").write_bytes((library / name).read_bytes())
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    tokenizers.train(texts, folder / "tokenizer.model", vocab_size=512)
+    params = model.init_params(TEACHER, jax.random.key(0))
+    checkpoint.save(folder / "teacher", TEACHER, params)
+    return folder
+
+
+def tokenize_config(world: Path, store: Path, **changes: object) -> TokenizeConfig:
+    return TokenizeConfig(
+        store=str(store),
+        corpus=CorpusConfig(paths=(str(world / "corpus"),)),
+        tokenizer=world / "tokenizer.model",
+        sequence_tokens=64,
+        shard_sequences=16,
+        split_bytes=16_000,
+    ).model_copy(update=changes)
+
+
+def dump_config(world: Path, store: Path, **changes: object) -> DumpConfig:
+    return DumpConfig(
+        store=str(store),
+        teacher=world / "teacher",
+        sampler=SamplerSpec(entries_per_token=4, block_tokens=32),
+        batch_sequences=4,
+        dtype="float32",
+    ).model_copy(update=changes)
+
+
+def digest(store: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:
+    """A store that was made without interruption."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    tokenize.tokenize(tokenize_config(world, store), QUIET)
+    dump.dump(dump_config(world, store), QUIET)
+    return store
+
+
+def test_the_store_is_whole_and_holds_the_corpus(world, whole):
+    report = verify(str(whole))
+    assert report.ok, report.problems
+    assert report.missing_shards == 0
+    tokens = reader.TokensReader(str(whole))
+    assert tokens.manifest.num_shards > 5
+    assert len(tokens.manifest.splits) > 2
+    rows = tokens.rows(np.arange(tokens.manifest.num_sequences))
+    tokenizer = tokenizers.Tokenizer.load(world / "tokenizer.model")
+    text = tokenizer.decode(rows.tokens[rows.segment_ids > 0])
+    expected = "".join(path.read_text() for path in sorted((world / "corpus").iterdir()))
+    assert text == expected
+
+
+def test_a_second_run_reuses_everything(world, whole):
+    before = digest(whole)
+    assert "reused" in tokenize.tokenize(tokenize_config(world, whole), QUIET)
+    assert "reused" in dump.dump(dump_config(world, whole), QUIET)
+    assert digest(whole) == before
+
+
+def test_several_processes_write_the_same_bytes(world, whole, tmp_path):
+    options = runner.parse_options(MULTI_PROCESSING)
+    tokenize.tokenize(tokenize_config(world, tmp_path / "store"), QUIET, options)
+    dump.dump(dump_config(world, tmp_path / "store"), QUIET, options)
+    assert digest(tmp_path / "store") == digest(whole)
+
+
+def start(world: Path, store: Path) -> subprocess.Popen[bytes]:
+    """The two jobs in a process of their own, by the command line."""
+    t, d = tokenize_config(world, store), dump_config(world, store)
+    code = (
+        "import sys\nfrom pipelines.cli import main\n"
+        f"assert main({['tokenize', *flags(t)]!r}) == 0\n"
+        f"assert main({['dump', *flags(d)]!r}) == 0\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def flags(document: TokenizeConfig | DumpConfig) -> list[str]:
+    found = []
+    for key, value in document.model_dump(mode="json", exclude_defaults=True).items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        for inner, item in nested:
+            for single in item if isinstance(item, list | tuple) else [item]:
+                found.append(f"--{key}.{inner}={single}" if inner else f"--{key}={single}")
+    return found
+
+
+def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, tmp_path):
+    """SIGKILL at random moments, locks and half-written files left as they are, then run again."""
+    rng = random.Random(int(os.environ.get("RETORT_KILL_SEED", "0")))
+    store = tmp_path / "store"
+    kills = 0
+    progress = set()
+    for _ in range(60):
+        process = start(world, store)
+        # Most of the time is start-up; aim at the work, which the store's growth shows.
+        deadline = time.monotonic() + 60
+        size = len(list(store.rglob("*")))
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(list(store.rglob("*"))) != size:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.25))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        progress.add(len(list(store.rglob("*"))))
+        if kills >= 6:
+            break
+    assert kills >= 3
+    assert len(progress) >= 2, "every kill came before any work was done"
+    final = start(world, store)
+    output, _ = final.communicate(timeout=300)
+    assert final.returncode == 0, output.decode()
+    assert digest(store) == digest(whole)
+
+
+def test_a_dump_over_unfinished_tokens_is_refused(world, tmp_path):
+    config = tokenize_config(world, tmp_path / "store")
+    tokenize.tokenize(config, QUIET)
+    (tmp_path / "store" / "ledger" / "00000001.json").unlink()
+    with pytest.raises(IncompleteStoreError, match="run `retort tokenize` again first"):
+        dump.dump(dump_config(world, tmp_path / "store"), QUIET)
+
+
+def test_another_config_is_refused_field_by_field(world, whole):
+    with pytest.raises(ManifestMismatchError, match="seed is 0 there and 7 here"):
+        dump.dump(dump_config(world, whole, seed=7), QUIET)
+    with pytest.raises(ManifestMismatchError, match="sequence_tokens is 64 there and 32 here"):
+        tokenize.tokenize(tokenize_config(world, whole, sequence_tokens=32), QUIET)
+
+
+def test_a_changed_input_is_refused(world, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("the first text " * 200)
+    config = tokenize_config(world, tmp_path / "store", corpus=CorpusConfig(paths=(str(corpus),)))
+    tokenize.tokenize(config, QUIET)
+    (corpus / "a.txt").write_text("another text " * 200)
+    with pytest.raises(ManifestMismatchError, match="sources is"):
+        tokenize.tokenize(config, QUIET)
+    spec = writer.plan_shards(reader.TokensReader(config.store).manifest)[0]
+    (tmp_path / "store" / "ledger" / "00000000.json").unlink()
+    tokenize._pack.cache_clear()
+    with pytest.raises(ConfigError, match="Inputs must not change while they are tokenized"):
+        tokenize.write_shard(config, spec)
+
+
+def test_a_workers_error_reaches_the_user_as_one_sentence(world, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.jsonl").write_text('{"text": "fine"}\n{"body": "no text"}\n')
+    config = tokenize_config(world, tmp_path / "store", corpus=CorpusConfig(paths=(str(corpus),)))
+    with pytest.raises(ConfigError, match=r"must have text in 'text', but line 2 of .*a\.jsonl"):
+        tokenize.tokenize(config, QUIET)
+
+
+def test_runners_that_lose_data_are_refused_by_name():
+    with pytest.raises(ConfigError, match="multi_threading is refused"):
+        runner.parse_options(["--direct_running_mode=multi_threading"])
+    with pytest.raises(ConfigError, match="DirectRunner is refused"):
+        runner.parse_options(["--runner=DirectRunner"])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerSpec(name="top_k", entries_per_token=5, block_tokens=64),
+        SamplerSpec(name="multinomial", entries_per_token=9, draws=9, block_tokens=32),
+        SamplerSpec(name="full", entries_per_token=512, block_tokens=64),
+    ],
+    ids=lambda sampler: sampler.name,
+)
+def test_other_samplers_over_the_same_tokens(world, whole, tmp_path, sampler):
+    store = tmp_path / "store"
+    import shutil
+
+    shutil.copytree(whole, store)
+    dump.dump(dump_config(world, store, name=sampler.name, sampler=sampler), QUIET)
+    assert verify(str(store)).ok
+    batch = reader.TargetsReader(str(store), sampler.name).rows([0])
+    counts = batch.entry_count[0][batch.entry_count[0] > 0]
+    if sampler.name == "top_k":
+        assert set(counts) == {5}
+    if sampler.name == "full":
+        masses = np.bincount(batch.entry_position[0], batch.entry_weight[0])
+        np.testing.assert_allclose(masses[batch.entry_count[0] > 0], 1.0, rtol=0.02)
