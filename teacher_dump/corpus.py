@@ -150,12 +150,14 @@ def _read_jsonl(path: str, raw: bytes, field: str) -> list[str]:
 
 def _read_parquet(path: str, raw: bytes, field: str) -> list[str]:
     try:
-        table: Any = pq.read_table(io.BytesIO(raw), columns=[field])
+        with pq.ParquetFile(io.BytesIO(raw)) as file:
+            has_column = field in file.schema_arrow.names
+            table = file.read(columns=[field]) if has_column else None
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"A .parquet file must be whole, but {path} cannot be read ({error}); make it again."
         ) from error
-    if field not in table.column_names:
+    if table is None:
         raise ConfigError(
             f"Every Parquet file must have the column '{field}', but {path} has not; set "
             "corpus.text_field."

@@ -125,7 +125,7 @@ def _load(path: str, stamp: tuple[int, int] | None) -> Tokenizer:
 
 
 def train(texts: Iterable[str], out: Path, vocab_size: int) -> None:
-    """Train a BPE model as Gemma's is made up, on at most 6 MB of lines; writes `out`.
+    """Train a BPE model as Gemma's is made up, on about 6 MB of lines at most; writes `out`.
 
     Digits are split, all white space is kept (line ends and runs of spaces are pieces), unknown
     characters fall back to bytes, nothing is normalised. Equal texts give an equal model. Raises
