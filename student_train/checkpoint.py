@@ -28,6 +28,7 @@ FREE_SETTINGS = frozenset(
     {
         "store",
         "out",
+        "tokenizer",
         "model",
         "targets",
         "mesh",

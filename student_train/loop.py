@@ -115,7 +115,7 @@ def train(
     tell = on_event or (lambda event: None)
     with watch(stop) as interrupt:
         result = _Run(config, piece_bytes, tokenizer, tell, interrupt, devices).result()
-        if interrupt.requested() and not result.reused:
+        if interrupt.requested():
             interrupt.raise_at(config.steps)
         return result
 
@@ -261,6 +261,7 @@ class _Run:
                 if self._is_evaluated(done):
                     self._tell_all(reporter.flush())
                     evaluation = self._evaluate(evaluator, done, state, checkpoints, metrics)
+                    reporter.pause()
         finally:
             batches.close()
         return state, evaluation
@@ -330,7 +331,11 @@ class _Reporter:
         self._waiting: tuple[int, StepMetrics] | None = None
         self._note = ""
         self._steps = 0
-        self._since = time.perf_counter()
+        self._since: float | None = None
+
+    def pause(self) -> None:
+        """Leave what happens until the next step is done (compilation, evaluation) out of rates."""
+        self._since = None
 
     def add(self, step: int, metrics: StepMetrics) -> list[TrainEvent]:
         """Take a step that was just dispatched; returns the events of the one before."""
@@ -339,7 +344,7 @@ class _Reporter:
         return events
 
     def flush(self) -> list[TrainEvent]:
-        """Wait for the step that was taken last. Raises DivergenceError if its loss is no number."""
+        """Wait for the step taken last. Raises DivergenceError if its loss is not a number."""
         if self._waiting is None:
             return []
         step, device_metrics = self._waiting
@@ -350,17 +355,22 @@ class _Reporter:
                 f"The loss must be finite, but at step {step} it is {values['loss']}; lower "
                 "optimizer.learning_rate and continue from the last checkpoint under another `out`."
             )
-        self._steps += 1
+        now = time.perf_counter()
+        if self._since is None:
+            self._steps, self._since = 0, now
+        else:
+            self._steps += 1
         self._note = f"loss {values['loss']:.4f}"
         if step % self._config.log_every and step != self._config.steps:
             return [TrainEvent(step, self._note)]
-        now = time.perf_counter()
-        rate = self._steps * self._tokens_per_step / (now - self._since)
-        self._steps, self._since = 0, now
+        rate = None
+        if self._steps:
+            rate = round(self._steps * self._tokens_per_step / (now - self._since), 1)
+            self._steps, self._since = 0, now
         if self._config.targets is None:
             for name in ("kd", "kl", "teacher_entropy", "teacher_ce"):
                 del values[name]
-        record = {"step": step, **values, "tokens_per_second": round(rate, 1)}
+        record = {"step": step, **values, "tokens_per_second": rate}
         self._metrics.write(record)
         return [TrainEvent(step, self._note, record)]
 

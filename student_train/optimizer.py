@@ -27,7 +27,7 @@ def learning_rate(config: OptimizerConfig, steps: int, step: Any) -> jax.Array:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps."""
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             lambda step: learning_rate(config, steps, step),
@@ -37,6 +37,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decayed,
         ),
     )
+
+    def update(*args: Any) -> Any:
+        # optax raises a float to an int32 count, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(*args)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def decayed(params: Any) -> Any:

@@ -1,0 +1,154 @@
+"""A small store with the exact targets of a Markov chain, for the trainer's tests."""
+
+from pathlib import Path
+
+import numpy as np
+
+from logit_store import writer
+from logit_store.codec import encode_weights
+from logit_store.decode import TargetRows
+from logit_store.layout import predicted_mask
+from schemas.manifest import (
+    SamplerSpec,
+    TargetsManifest,
+    TeacherInfo,
+    TokenizerInfo,
+    TokensManifest,
+    identity,
+)
+
+VOCAB = 61
+SUCCESSORS = 4
+BLOCK = 8
+ENTRIES = 5
+
+
+def chain(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(successors int [V, 4] ascending, probabilities [V, 4]); no token follows itself."""
+    random = np.random.default_rng(seed)
+    successors = np.stack(
+        [
+            np.sort(random.choice(np.delete(np.arange(VOCAB), token), SUCCESSORS, replace=False))
+            for token in range(VOCAB)
+        ]
+    )
+    return successors, random.dirichlet(np.ones(SUCCESSORS), VOCAB)
+
+
+def make_rows(rows: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 and segment ids uint16 [R, L]: two documents a row, then padding in some."""
+    random = np.random.default_rng(seed)
+    successors, probabilities = chain()
+    tokens = np.zeros((rows, length), np.int32)
+    segments = np.zeros((rows, length), np.uint16)
+    for row in range(rows):
+        cut, end = random.integers(3, length - 3), length - (row % 3)
+        for number, (start, stop) in enumerate([(0, cut), (cut, end)], 1):
+            token = random.integers(VOCAB)
+            for position in range(start, stop):
+                tokens[row, position] = token
+                token = random.choice(successors[token], p=probabilities[token])
+            segments[row, start:stop] = number
+    return tokens, segments
+
+
+def make_targets(tokens: np.ndarray, segments: np.ndarray, roll: int = 0) -> TargetRows:
+    """Exact targets of the chain; `roll` stores those of position t - roll at position t."""
+    successors, probabilities = chain()
+    rows, length = tokens.shape
+    mask = predicted_mask(segments)
+    source = np.roll(tokens, roll, axis=1)
+    count = np.where(mask, SUCCESSORS, 0).astype(np.uint16)
+    blocks = length // BLOCK
+    slots = BLOCK * ENTRIES
+    ids = np.full((rows, blocks, slots), 0xFFFFFFFF, np.uint32)
+    weights = np.ones((rows, blocks, slots), np.float32)
+    floor = np.ones((rows, blocks), np.float32)
+    for row in range(rows):
+        for block in range(blocks):
+            span = slice(block * BLOCK, (block + 1) * BLOCK)
+            chosen = source[row, span][mask[row, span]]
+            used = len(chosen) * SUCCESSORS
+            ids[row, block, :used] = successors[chosen].reshape(-1)
+            weights[row, block, :used] = probabilities[chosen].reshape(-1)
+            floor[row, block] = max(1e-4, weights[row, block, :used].min(initial=1.0))
+    weights = np.maximum(weights, floor[:, :, None])
+    uniforms = np.full(weights.shape, 0.5, np.float32)
+    log_probability = np.log(probabilities)
+    entropy = -(probabilities * log_probability).sum(axis=1)
+    hit = successors[tokens] == np.roll(tokens, -1, axis=1)[..., None]
+    label = np.where(hit, log_probability[tokens], 0).sum(axis=2)
+    return TargetRows(
+        entry_count=count,
+        entry_id=ids.reshape(rows, -1),
+        entry_weight=encode_weights(weights, floor[:, :, None], uniforms, "log_uint16").reshape(
+            rows, -1
+        ),
+        weight_floor=floor,
+        teacher_entropy=np.where(mask, entropy[tokens], 0).astype(np.float16),
+        label_logprob=np.where(mask, label, 0).astype(np.float16),
+    )
+
+
+def make_store(
+    url: Path,
+    *,
+    rows: int = 20,
+    length: int = 32,
+    seed: int = 1,
+    roll: int = 0,
+    targets: bool = True,
+    shard_sequences: int = 8,
+) -> Path:
+    """A complete store at `url`, with targets `default` unless told otherwise."""
+    manifest = TokensManifest(
+        tokenizer=TokenizerInfo(sha256="0" * 64, vocab_size=VOCAB, bos_id=2, eos_id=1, pad_id=0),
+        num_sequences=rows,
+        sequence_tokens=length,
+        shard_sequences=shard_sequences,
+        sources=(),
+        splits=(),
+        software={"seed": str(seed)},
+    )
+    # Sources are empty here, so the tokenizer's digest stands for the content.
+    info = manifest.tokenizer.model_copy(update={"sha256": f"{seed:064d}"})
+    manifest = manifest.model_copy(update={"tokenizer": info})
+    writer.create_tokens(str(url), manifest)
+    tokens, segments = make_rows(rows, length, seed)
+    tokens_writer = writer.TokensWriter(str(url))
+    for spec in writer.plan_shards(manifest):
+        part = slice(spec.first_row, spec.stop_row)
+        tokens_writer.write(spec, tokens[part], segments[part])
+    if targets:
+        add_targets(url, "default", tokens, segments, roll)
+    return url
+
+
+def add_targets(
+    url: Path, name: str, tokens: np.ndarray, segments: np.ndarray, roll: int = 0, shards: int = 99
+) -> None:
+    """Targets of the first `shards` shards."""
+    tokens_manifest = writer.TokensWriter(str(url)).manifest
+    manifest = TargetsManifest(
+        tokens_fingerprint=identity(tokens_manifest),
+        num_sequences=tokens_manifest.num_sequences,
+        sequence_tokens=tokens_manifest.sequence_tokens,
+        shard_sequences=tokens_manifest.shard_sequences,
+        teacher=TeacherInfo(
+            name="chain", config_sha256="1" * 64, weights_sha256="2" * 64, vocab_size=VOCAB
+        ),
+        sampler=SamplerSpec(name="full", entries_per_token=ENTRIES, block_tokens=BLOCK),
+        weight_code="log_uint16",
+        seed=0,
+        batch_sequences=1,
+        software={},
+    )
+    writer.create_targets(str(url), name, manifest)
+    targets_writer = writer.TargetsWriter(str(url), name)
+    encoded = make_targets(tokens, segments, roll)
+    for spec in writer.plan_shards(manifest)[:shards]:
+        part = slice(spec.first_row, spec.stop_row)
+        rows = TargetRows(
+            **{field: getattr(encoded, field)[part] for field in TargetRows.__dataclass_fields__}
+        )
+        targets_writer.write(spec, tokens[part], segments[part], rows)

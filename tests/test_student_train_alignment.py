@@ -1,0 +1,49 @@
+"""Targets that are shifted against their tokens are refused before the first step."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from student_store import chain, make_store
+
+from schemas.errors import AlignmentError
+from student_train.alignment import check_alignment, neighbour_weights
+from student_train.data import StoreSource
+
+ROWS = np.arange(12)
+
+
+def test_the_next_token_gets_the_weight_that_the_chain_gives_it(tmp_path: Path) -> None:
+    batch = StoreSource(str(make_store(tmp_path / "store")), "default").read(ROWS)
+    found = check_alignment(batch, "here")
+    successors, probabilities = chain()
+    given = []
+    for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+        for t in range(len(tokens) - 2):
+            if segments[t] == segments[t + 1] == segments[t + 2] != 0:
+                hit = successors[tokens[t]] == tokens[t + 1]
+                given.append(probabilities[tokens[t]][hit].sum())
+    assert found.next == pytest.approx(np.mean(given), rel=1e-3)
+    assert found.own == 0
+    assert found.after_next < 0.2 * found.next
+
+
+@pytest.mark.parametrize("roll", [-1, 1])
+def test_rows_rolled_by_one_are_refused(tmp_path: Path, roll: int) -> None:
+    batch = StoreSource(str(make_store(tmp_path / "store", roll=roll)), "default").read(ROWS)
+    found = neighbour_weights(batch)
+    message = (
+        rf"those of 'x' put {found.own:.4f} on the token itself, {found.next:.4f} on the next and "
+        rf"{found.after_next:.4f} on the one after"
+    )
+    with pytest.raises(AlignmentError, match=message):
+        check_alignment(batch, "'x'")
+    assert (found.own, found.after_next)[roll < 0] > 0.3 > found.next
+
+
+def test_targets_of_other_rows_are_refused(tmp_path: Path) -> None:
+    source = StoreSource(str(make_store(tmp_path / "store")), "default")
+    batch = source.read(ROWS)
+    silent = batch._replace(entry_weight=np.zeros_like(batch.entry_weight))
+    with pytest.raises(AlignmentError, match=r"0\.0000 on the next"):
+        check_alignment(silent, "here")

@@ -1,0 +1,163 @@
+"""Batches are a pure function of step, seed and store; prefetching changes nothing."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from student_store import BLOCK, ENTRIES, add_targets, make_rows, make_store
+
+from schemas.errors import IncompleteStoreError, StoreNotFoundError
+from student_train.data import Batch, RowOrder, StoreSource, permuted, place, prefetch, row_order
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097, 65_537])
+def test_a_permutation_of_any_size_reaches_every_row_once(size: int) -> None:
+    images = permuted(np.arange(size), size, b"key")
+    assert images.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(images), np.arange(size))
+
+
+def test_a_permutation_looks_random() -> None:
+    size = 20_000
+    images = permuted(np.arange(size), size, b"key")
+    # Of a random permutation: correlations of order 1/sqrt(size) = 0.007, one fixed point expected.
+    assert abs(np.corrcoef(np.arange(size), images)[0, 1]) < 0.03
+    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.03
+    assert np.count_nonzero(images == np.arange(size)) < 8
+    others = permuted(np.arange(size), size, b"kez")
+    assert np.count_nonzero(images == others) < 8
+
+
+def test_the_order_of_rows_is_golden() -> None:
+    """Change these numbers only if old runs need not be continued or repeated."""
+    order = RowOrder(10, 7, "abc")
+    np.testing.assert_array_equal(order.rows(0, 4), GOLDEN[:4])
+    np.testing.assert_array_equal(order.rows(1, 4), GOLDEN[4:8])
+    np.testing.assert_array_equal(order.rows(2, 4), GOLDEN[8:])
+
+
+GOLDEN = [2, 3, 0, 5, 6, 4, 8, 1, 9, 7, 5, 9]
+
+
+def test_every_epoch_takes_every_row_once_in_another_order() -> None:
+    order = RowOrder(23, 0, "store")
+    taken = np.concatenate([order.rows(step, 5) for step in range(23)])
+    epochs = taken.reshape(5, 23)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(23))
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_a_batch_may_be_larger_than_the_store() -> None:
+    rows = RowOrder(3, 0, "store").rows(1, 7)
+    assert np.bincount(rows, minlength=3).min() >= 2
+
+
+@pytest.mark.parametrize("other", [RowOrder(100, 1, "a"), RowOrder(100, 0, "b")])
+def test_the_order_depends_on_seed_and_store(other: RowOrder) -> None:
+    assert not np.array_equal(RowOrder(100, 0, "a").rows(3, 50), other.rows(3, 50))
+
+
+def test_students_with_and_without_targets_see_the_same_rows(tmp_path: Path) -> None:
+    store = str(make_store(tmp_path / "store"))
+    with_targets, without = StoreSource(store, "default"), StoreSource(store, None)
+    for step in range(6):
+        rows = row_order(with_targets, 5).rows(step, 4)
+        np.testing.assert_array_equal(rows, row_order(without, 5).rows(step, 4))
+        left, right = with_targets.read(rows), without.read(rows)
+        np.testing.assert_array_equal(left.tokens, right.tokens)
+        np.testing.assert_array_equal(left.segment_ids, right.segment_ids)
+        assert left.entry_id.shape == (4, 32 * ENTRIES)
+        assert right.entry_id.shape == (4, 0)
+
+
+def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
+    source = StoreSource(str(make_store(tmp_path / "store")), "default")
+    tokens, segments = make_rows(20, 32, 1)
+    rows = np.array([17, 3, 3, 9])
+    batch = source.read(rows)
+    np.testing.assert_array_equal(batch.tokens, tokens[rows])
+    np.testing.assert_array_equal(batch.segment_ids, segments[rows])
+    np.testing.assert_array_equal(batch.entry_position[:, :: BLOCK * ENTRIES] % BLOCK, 0)
+
+
+def test_an_incomplete_store_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", targets=False)
+    with pytest.raises(StoreNotFoundError, match="holds no targets 'default'"):
+        StoreSource(str(store), "default")
+    add_targets(store, "default", *make_rows(20, 32, 1), shards=2)
+    message = r"only 2 of the 3 shards of the targets 'default' of .* are committed"
+    with pytest.raises(IncompleteStoreError, match=message):
+        StoreSource(str(store), "default")
+
+
+def numbered(rows: np.ndarray) -> Batch:
+    """A batch whose every array holds its row's number."""
+    return Batch(*(np.repeat(rows[:, None], 3, axis=1) for _ in Batch._fields))
+
+
+def test_each_device_gets_its_rows(tmp_path: Path) -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",))
+    rows = np.array([5, 3, 8, 1, 9, 2, 7, 0])
+    batch = place(rows, numbered, NamedSharding(mesh, P("fsdp")))
+    np.testing.assert_array_equal(np.asarray(batch.tokens)[:, 0], rows)
+    for shard in batch.entry_id.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data)[:, 0], rows[shard.index[0]])
+
+
+def test_a_host_reads_only_the_rows_of_its_devices() -> None:
+    class HalfSharding:
+        """The second of two hosts, with two devices of four rows each."""
+
+        def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[int, object]:
+            return {2: (slice(8, 12),), 3: (slice(12, 16),)}
+
+    asked = []
+
+    def read(rows: np.ndarray) -> Batch:
+        asked.append(rows)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        place(np.arange(100, 116), read, HalfSharding())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(asked[0], np.arange(108, 116))
+
+
+def test_prefetching_keeps_the_order() -> None:
+    found = list(prefetch(lambda step: numbered(np.array([step])), 3, 9))
+    assert [step for step, _ in found] == [3, 4, 5, 6, 7, 8]
+    assert [int(batch.tokens[0, 0]) for _, batch in found] == [3, 4, 5, 6, 7, 8]
+
+
+def test_prefetching_raises_where_it_failed() -> None:
+    def make(step: int) -> Batch:
+        if step == 2:
+            raise OSError("disk gone at 2")
+        return numbered(np.array([step]))
+
+    batches = prefetch(make, 0, 5)
+    assert next(batches)[0] == 0
+    assert next(batches)[0] == 1
+    with pytest.raises(OSError, match="disk gone at 2"):
+        next(batches)
+
+
+def test_prefetching_stays_bounded_and_ends_with_its_consumer() -> None:
+    made = []
+
+    def make(step: int) -> Batch:
+        made.append(step)
+        return numbered(np.array([step]))
+
+    batches = prefetch(make, 0, 1000, depth=2)
+    next(batches)
+    time.sleep(0.3)
+    assert len(made) <= 4
+    batches.close()
+    count = len(made)
+    time.sleep(0.3)
+    assert len(made) == count
