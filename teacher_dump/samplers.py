@@ -231,7 +231,8 @@ def _multinomial(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _
     chunked = _chunked(p)
     position = jnp.repeat(jnp.arange(positions), spec.draws)
     point_key, pick_key = jax.random.split(key)
-    fraction = jax.random.uniform(point_key, position.shape)
+    bits = jax.random.bits(point_key, position.shape, jnp.uint32)
+    fraction = bits.astype(jnp.float32) * 2.0**-32
     limit = jnp.float32(jnp.inf)
     flat = _pick(chunked, jnp.sum(chunked, axis=2), limit, position, fraction, pick_key, vocab)
     flat = jnp.where(predicted[position], flat, _NOWHERE)
@@ -290,19 +291,26 @@ def _pick(
 ) -> Array:
     """Flat index of the element of 0 < p < limit at `fraction` [M] of the mass of `position` [M].
 
-    mass float32 [B, C] is that of each chunk's elements below the limit. Chunks are cumulated as
-    integers, which is exact; `key` draws the bits of the place that float32 `fraction` cannot hold,
-    so that an element of a billionth of the position is still found with its own probability.
+    mass float32 [B, C] is that of each chunk's elements below the limit; fraction float32 in
+    [0, 1], rounded to nearest. Chunks are cumulated as integers, which is exact; `key` draws the
+    bits of the place that rounding lost, so that an element of a billionth of the position is still
+    found with its own probability.
     """
     chunks = mass.shape[1]
+    end = 2**_FULL_BITS
     whole = jnp.maximum(jnp.sum(mass, axis=1, keepdims=True), _TINY)
-    widths = jnp.round(mass / whole * 2.0**_FULL_BITS).astype(jnp.int32)
+    widths = jnp.round(mass / whole * float(end)).astype(jnp.int32)
+    # The largest chunk takes what rounding left over, so that each position's end is the same.
+    left_over = end - jnp.sum(widths, axis=1, keepdims=True)
+    is_largest = jnp.arange(chunks)[None, :] == jnp.argmax(widths, axis=1)[:, None]
+    widths = widths + jnp.where(is_largest, left_over, 0)
     reached = jnp.cumsum(widths, axis=1)
-    end = reached[position, -1]
     bits = jax.random.bits(key, position.shape, jnp.uint32)
-    dither = (bits & jnp.uint32(2 ** (_FULL_BITS - _FLOAT_BITS) - 1)).astype(jnp.int32)
-    point = (fraction * end.astype(jnp.float32)).astype(jnp.int32) + dither
-    point = jnp.clip(point, 0, jnp.maximum(end - 1, 0))
+    cell = 2 ** (_FULL_BITS - _FLOAT_BITS)
+    dither = (bits & jnp.uint32(cell - 1)).astype(jnp.int32) - cell // 2
+    # Mirrored at both ends, which leaves the density even.
+    point = jnp.abs((fraction * float(end)).astype(jnp.int32) + dither)
+    point = jnp.where(point >= end, 2 * (end - 1) - point + 1, point)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
