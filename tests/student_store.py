@@ -1,5 +1,6 @@
 """A small store with the exact targets of a Markov chain, for the trainer's tests."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,19 @@ from schemas.manifest import (
     TokensManifest,
     identity,
 )
+from schemas.runs import OptimizerConfig, TrainConfig
 
+MODEL = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "num_layers": 2,
+    "mlp_width": 64,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_size": 16,
+    "query_scalar": 16,
+    "window_tokens": 8,
+}
 VOCAB = 61
 SUCCESSORS = 4
 BLOCK = 8
@@ -152,3 +165,24 @@ def add_targets(
             **{field: getattr(encoded, field)[part] for field in TargetRows.__dataclass_fields__}
         )
         targets_writer.write(spec, tokens[part], segments[part], rows)
+
+
+def small_config(folder: Path, out: Path, **changes: object) -> TrainConfig:
+    """A run on `folder`/store, evaluated on `folder`/held-out if that is there."""
+    model = folder / "model.json"
+    model.write_text(json.dumps(MODEL))
+    held_out = folder / "held-out"
+    fields = {
+        "store": str(folder / "store"),
+        "out": out,
+        "model": str(model),
+        "batch_sequences": 8,
+        "dtype": "float32",
+        "loss_chunk_tokens": 64,
+        "remat": "none",
+        "optimizer": OptimizerConfig(learning_rate=5e-3, warmup_steps=5),
+        "eval_store": str(held_out) if held_out.exists() else None,
+        "checkpoint_every": 10,
+        "log_every": 1,
+    }
+    return TrainConfig.model_validate(fields | changes)
