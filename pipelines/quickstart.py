@@ -93,12 +93,12 @@ SIZES = {
         student_percent=25,
         vocab_size=4096,
         sequence_tokens=256,
-        teacher=_model(4096, 192, 4, 64, 256),
-        student=_model(4096, 128, 4, 64, 256),
-        teacher_steps=900,
-        teacher_learning_rate=3e-3,
+        teacher=_model(4096, 128, 4, 64, 256),
+        student=_model(4096, 128, 2, 64, 256),
+        teacher_steps=1000,
+        teacher_learning_rate=5e-3,
         student_steps=400,
-        student_learning_rate=3e-3,
+        student_learning_rate=5e-3,
         batch_sequences=8,
         entries_per_token=12,
     ),
@@ -239,8 +239,11 @@ def _select(paths: tuple[str, ...], size: Size, is_default: bool) -> Iterator[tu
 
 
 def _is_library_source(path: Path) -> bool:
-    """Of the standard library: sources that people wrote to be read, and no others' packages."""
-    skipped = {"site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3"}
+    """Of the standard library: sources, but no tests (some are broken on purpose), no tables of
+
+    character sets, and no installed packages.
+    """
+    skipped = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__"}
     return path.suffix == ".py" and not skipped & set(path.parts)
 
 
@@ -303,7 +306,7 @@ def _train(
             batch_sequences=size.batch_sequences,
             seed=0 if is_teacher else config.seed,
             dtype="float32",
-            loss_chunk_tokens=size.batch_sequences * size.sequence_tokens,
+            loss_chunk_tokens=512,
             remat="none",
             optimizer=OptimizerConfig(
                 learning_rate=(

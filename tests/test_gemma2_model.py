@@ -103,7 +103,7 @@ def test_depth_does_not_grow_the_program():
         run = jax.jit(lambda p, t: model.hidden_states(p, config, t, t, dtype=jnp.float32))
         return len(run.lower(shapes, tokens).as_text().splitlines())
 
-    assert size(8) == size(2)
+    assert size(16) == size(8)
 
 
 def test_a_kernel_without_a_feature_is_refused_by_name(monkeypatch):
