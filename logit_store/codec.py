@@ -52,5 +52,5 @@ def decode_weights(codes: np.ndarray, floor: np.ndarray, code: WeightCode) -> np
     """Weights float32 of the codes' shape; floor broadcasts to it."""
     last = np.iinfo(_DTYPES[code]).max
     exponent = np.float32(1) - codes.astype(np.float32) / np.float32(last)
-    log_floor = np.log(np.asarray(floor, np.float32))
-    return np.exp(log_floor * exponent).astype(np.float32)
+    # A power, not exp of a product: x ** 1 is x and x ** 0 is 1 to the bit.
+    return np.power(np.asarray(floor, np.float32), exponent)

@@ -87,6 +87,8 @@ def check_targets(
             row = int(np.argwhere(bad.reshape(rows, -1).any(axis=1))[0, 0])
             raise ValueError(f"{rule}, but row {first_row + row} breaks this rule.")
 
+    floor = targets.weight_floor
+    refuse(~((floor > 0) & (floor <= 1)), "Weight floors lie in (0, 1]")
     predicted = layout.predicted_mask(segment_ids)
     refuse(
         ~predicted & (targets.entry_count > 0),
@@ -108,7 +110,5 @@ def check_targets(
         same & (ids[:, :, 1:] <= ids[:, :, :-1]),
         "Ids of one position are strictly increasing",
     )
-    floor = targets.weight_floor
-    refuse(~((floor > 0) & (floor <= 1)), "Weight floors lie in (0, 1]")
     finite = np.isfinite(targets.teacher_entropy) & np.isfinite(targets.label_logprob)
     refuse(~finite, "Entropies and log-probabilities are finite")

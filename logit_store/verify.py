@@ -16,7 +16,7 @@ from logit_store import layout, ledger, reader
 from logit_store.decode import check_targets
 from logit_store.writer import tokens_digest
 from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
-from schemas.manifest import LedgerRecord, Manifest, ShardFile, TargetsManifest
+from schemas.manifest import LedgerRecord, Manifest, ShardFile, TargetsManifest, identity
 
 Progress = Callable[[int, str], None]
 
@@ -64,7 +64,7 @@ def verify(url: str, progress: Progress = lambda done, note: None) -> Report:
         )
     names: list[str | None] = [None, *layout.list_targets(url)]
     targets_group = layout.TARGETS + layout.GROUP_KEY
-    if targets_group in keys:
+    if targets_group in keys or len(names) > 1:
         known.add(targets_group)
         _expect(url, report, targets_group, layout.group_json(None))
     for name in names:
@@ -95,6 +95,8 @@ def _verify_group(
         key = f"{group}{spec.name}/{layout.GROUP_KEY}"
         known.add(key)
         _expect(url, report, key, layout.array_json(spec))
+    fingerprint = identity(manifest)
+    is_manifest_wrong = False
     committed = ledger.committed_indices(url, name)
     planned = {spec.index: spec for spec in ledger.plan_shards(manifest)}
     report.missing_shards += len(planned.keys() - committed)
@@ -113,14 +115,18 @@ def _verify_group(
             continue
         if record is None:
             continue
-        if record.spec != spec:
-            report.problems.append(
-                Problem(record_key, index, "the record is of another manifest or row range")
-            )
+        if record.spec.manifest_fingerprint != fingerprint:
+            # The records vouch for themselves, so it is the manifest that changed.
+            is_manifest_wrong = True
+        elif record.spec != spec:
+            report.problems.append(Problem(record_key, index, "the record is of other rows"))
         is_whole = _check_files(url, group, index, record.files, shard_keys, report)
         if is_whole:
             _check_contents(url, name, manifest, record, index, report)
         progress(report.shards, group + str(index))
+    if is_manifest_wrong:
+        what = "the manifest is not the one that the ledger's records were written under"
+        report.problems.append(Problem(group + layout.GROUP_KEY, None, what))
     return known
 
 
