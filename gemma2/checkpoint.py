@@ -290,7 +290,7 @@ def _save_weights(folder: Path, config: ModelConfig, params: Params, max_shard_b
     if len(shards) == 1:
         save_file(dict(_tensors(config, params)), folder / WEIGHTS_FILE, metadata=metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         chosen = {name: value for name, value in _tensors(config, params) if name in shard}

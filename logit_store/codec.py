@@ -7,7 +7,10 @@ import numpy as np
 
 from schemas.manifest import WeightCode
 
-_DTYPES = {"log_uint8": np.dtype(np.uint8), "log_uint16": np.dtype(np.uint16)}
+_DTYPES: dict[WeightCode, np.dtype] = {
+    "log_uint8": np.dtype(np.uint8),
+    "log_uint16": np.dtype(np.uint16),
+}
 # A weight may miss [floor, 1] by this much, relatively: float32 rounding of its producer.
 _SLACK = 1e-5
 

@@ -91,10 +91,10 @@ def _verify_group(
         return known | {key for key in keys if key.startswith(group)}
     _expect(url, report, group + layout.GROUP_KEY, layout.group_json(manifest))
     arrays = layout.arrays(manifest)
-    for spec in arrays.values():
-        key = f"{group}{spec.name}/{layout.GROUP_KEY}"
+    for array in arrays.values():
+        key = f"{group}{array.name}/{layout.GROUP_KEY}"
         known.add(key)
-        _expect(url, report, key, layout.array_json(spec))
+        _expect(url, report, key, layout.array_json(array))
     fingerprint = identity(manifest)
     is_manifest_wrong = False
     committed = ledger.committed_indices(url, name)

@@ -398,8 +398,13 @@ def verdict(results: list[report.Result]) -> str:
             f"The teacher ({teacher:.4f}) is no better than the student from scratch "
             f"({scratch:.4f} nats per token), so there is no gap to close."
         )
+    if distilled >= scratch:
+        return (
+            f"The distilled student is {distilled - scratch:.4f} nats per token worse than the one "
+            "from scratch: distilling closed none of the gap to the teacher."
+        )
     return (
-        f"The distilled student is {scratch - distilled:+.4f} nats per token better than the one "
+        f"The distilled student is {scratch - distilled:.4f} nats per token better than the one "
         f"from scratch: {100 * share_closed(results):.1f} % of the gap to the teacher is closed."
     )
 
