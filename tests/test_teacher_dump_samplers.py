@@ -183,6 +183,21 @@ def test_the_smallest_tail_is_sampled_with_its_own_probability() -> None:
     assert counts[100:].max() < 1.5 * expected
 
 
+def test_points_per_position_are_its_mass_rounded_up_or_down() -> None:
+    """Sums that float32 cannot hold: the excess of the others comes off the largest position."""
+    mass = jnp.asarray([2.0, 1.0 + 2**-20, 1.0 + 2**-20], jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 500)
+    position, fraction = jax.jit(
+        jax.vmap(lambda key: samplers._systematic(mass, jnp.int32(4), 4, key))
+    )(keys)
+    counts = np.stack([np.bincount(row, minlength=3) for row in np.asarray(position)])
+    assert (counts == [2, 1, 1]).mean() > 0.99
+    # One place is uniform over a position of one point; two are half a position apart.
+    assert np.asarray(fraction)[:, 2].mean() == pytest.approx(0.5, abs=0.06)
+    gaps = np.diff(np.asarray(fraction)[:, :2], axis=1)
+    np.testing.assert_allclose(gaps[counts[:, 0] == 2], 0.5, atol=1e-5)
+
+
 def test_ids_without_probability_are_never_picked() -> None:
     """Every other chunk, and all but one id in the others, have no mass."""
     log_probs = np.full((8, 4097), -np.inf, np.float32)

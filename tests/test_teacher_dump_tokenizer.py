@@ -27,9 +27,13 @@ HARD_TEXTS = [
 
 def sources() -> list[str]:
     folder = Path(tokenizers.__file__).parents[1]
-    return [
-        p.read_text() for room in ("teacher_dump", "schemas") for p in (folder / room).glob("*.py")
+    texts = [
+        path.read_text()
+        for room in ("teacher_dump", "schemas")
+        for path in sorted((folder / room).glob("*.py"))
     ]
+    # A number so frequent that it would be one piece, were digits not split.
+    return [*texts, "n = 12345\n" * 500]
 
 
 @pytest.fixture(scope="module")
