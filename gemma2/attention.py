@@ -44,6 +44,7 @@ def choose(
             for feature, needed, present in (
                 ("soft-cap", cap is not None, kernel.cap),
                 ("window", window is not None, kernel.window),
+                ("segments", True, kernel.segments),
                 ("backward", backward, kernel.backward),
                 (
                     f"head size {head_size}",
@@ -53,11 +54,11 @@ def choose(
             )
             if needed and not present
         ]
-        if not lacking and kernel.segments:
+        if not lacking:
             return kernel.run
     raise ConfigError(
         f"The attention kernel must support what the model has, but '{name}' lacks "
-        f"{', '.join(lacking)}; use --attention reference."
+        f"{', '.join(lacking)}; choose attention 'reference'."
     )
 
 
@@ -102,19 +103,23 @@ def reference(
         weights = weights.reshape(-1, rows * groups, length)
         return jnp.einsum("nts,nsh->nth", weights, value).reshape(-1, rows, groups * size)
 
-    if length <= _QUERY_BLOCK or length % _QUERY_BLOCK:
+    if length <= _QUERY_BLOCK:
         out = block(query, segment_ids, positions)
     else:
-        blocks = length // _QUERY_BLOCK
+        blocks = -(-length // _QUERY_BLOCK)
+        extra = blocks * _QUERY_BLOCK - length  # queries that only fill the last block
+        query = jnp.pad(query, ((0, 0), (0, extra), (0, 0)))
+        query_segments = jnp.pad(segment_ids, ((0, 0), (0, extra)))
         out = jax.lax.map(
             lambda item: jax.checkpoint(block)(*item),
             (
                 jnp.moveaxis(query.reshape(-1, blocks, _QUERY_BLOCK, groups * size), 1, 0),
-                jnp.moveaxis(segment_ids.reshape(batch, blocks, _QUERY_BLOCK), 1, 0),
-                positions.reshape(blocks, _QUERY_BLOCK),
+                jnp.moveaxis(query_segments.reshape(batch, blocks, _QUERY_BLOCK), 1, 0),
+                jnp.arange(blocks * _QUERY_BLOCK).reshape(blocks, _QUERY_BLOCK),
             ),
         )
-        out = jnp.moveaxis(out, 0, 1)
+        out = jnp.moveaxis(out, 0, 1).reshape(-1, blocks * _QUERY_BLOCK, groups * size)
+        out = out[:, :length]
     out = out.reshape(batch, kv_heads, length, groups, size).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, length, heads, size)
 

@@ -6,6 +6,7 @@ Loading reads one tensor at a time; saving writes a whole folder and renames it 
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.model"
+_SHARD_FILE = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # Ours in a layer -> (theirs, whether theirs is transposed).
 _LAYER_TENSORS = {
@@ -97,15 +99,12 @@ def load(folder: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
     leaves = []
     for path, shape in flat.items():
         key = _path(path)
-        parts = [_read(files[name], name, transposed) for name, transposed in expected[key]]
-        value = np.stack(parts) if key[0] == "pairs" else parts[0]
-        if value.shape != shape.shape:
-            names = ", ".join(name for name, _ in expected[key][:2])
-            raise CheckpointError(
-                f"Tensors must have the shape that config.json implies, {shape.shape} after "
-                f"stacking, but {names} of {folder} make {value.shape}; check that they belong "
-                "together."
-            )
+        stacked = key[0] == "pairs"
+        part_shape = shape.shape[1:] if stacked else shape.shape
+        parts = [
+            _read(files[name], name, part_shape, transposed) for name, transposed in expected[key]
+        ]
+        value = np.stack(parts) if stacked else parts[0]
         leaves.append(jnp.asarray(value if dtype is None else value.astype(jnp.dtype(dtype))))
     return config, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
@@ -122,6 +121,8 @@ def load_config(folder: str | Path) -> ModelConfig:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{CONFIG_FILE} must be JSON, but {path} is not: {error}") from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{CONFIG_FILE} must hold key: value pairs, but {path} does not.")
     for key in ("model_type", "hidden_activation", "tie_word_embeddings", "attention_bias"):
         if stored.get(key, _FIXED_CONFIG[key]) != _FIXED_CONFIG[key]:
             raise CheckpointError(
@@ -149,9 +150,11 @@ def save(
 ) -> None:
     """Write a folder that transformers opens: config, weights in their dtype, `tokenizer.model`.
 
-    The folder appears whole or not at all; an existing one is replaced.
+    The folder appears whole or not at all; an existing one is replaced if all that it holds was
+    written by this function, and otherwise refused by CheckpointError: it may be the user's.
     """
     folder = Path(folder)
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -162,10 +165,17 @@ def save(
             shutil.copyfile(tokenizer, work / TOKENIZER_FILE)
         for file in work.iterdir():
             _sync(file)
-        if folder.exists():
-            shutil.rmtree(folder)
+        _sync(work)
         work.chmod(0o755)
-        os.replace(work, folder)
+        if folder.exists():
+            # Moved away, not deleted, first: at every moment one whole checkpoint is on disk.
+            old = work.with_name(f"{work.name}-old")
+            os.replace(folder, old)
+            os.replace(work, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, folder)
+        _sync(folder.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -223,18 +233,18 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             stored = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = {name: folder / file for name, file in stored.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{INDEX_FILE} must hold a weight_map, but {index} does not ({error!r}); restore "
                 "it."
             ) from error
-        for file in sorted(set(stored.values())):
-            if not (folder / file).is_file():
+        for file in sorted(set(files.values())):
+            if not file.is_file():
                 raise CheckpointError(
-                    f"Every file of {INDEX_FILE} must be there, but {folder / file} is not; "
-                    "restore it."
+                    f"Every file of {INDEX_FILE} must be there, but {file} is not; restore it."
                 )
-        return {name: folder / file for name, file in stored.items()}
+        return files
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -254,7 +264,8 @@ def _keys(path: Path) -> list[str]:
         ) from error
 
 
-def _read(path: Path, name: str, transposed: bool) -> np.ndarray:
+def _read(path: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
+    """One tensor in our orientation, in which it must have `shape`."""
     try:
         with safe_open(path, framework="np") as file:
             value = file.get_tensor(name)
@@ -263,6 +274,12 @@ def _read(path: Path, name: str, transposed: bool) -> np.ndarray:
             f"Weights must be a whole safetensors file with {name}, but {path} is not ({error}); "
             "restore it."
         ) from error
+    wanted = shape[::-1] if transposed else shape
+    if value.shape != wanted:
+        raise CheckpointError(
+            f"Tensors must have the shape that {CONFIG_FILE} implies, {wanted} for {name}, but "
+            f"in {path} it is {value.shape}; check that config and weights belong together."
+        )
     return value.T if transposed else value
 
 
@@ -304,6 +321,30 @@ def _path(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(entry.key for entry in path)
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"A checkpoint is a folder, but {folder} is a file; choose another path."
+        )
+    ours = {CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, TOKENIZER_FILE}
+    foreign = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in ours and not _SHARD_FILE.fullmatch(entry.name)
+    )
+    if foreign:
+        raise CheckpointError(
+            f"Only a checkpoint may be replaced, but {folder} also holds {', '.join(foreign[:4])}; "
+            "choose another folder or remove it yourself."
+        )
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,7 @@ no scale is folded into a weight.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from gemma2 import attention as attention_kernels
+from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 
 Params = dict[str, Any]
@@ -155,7 +156,11 @@ class Gemma2(nnx.Module):
         remat: Remat = "none",
         attention: str = "auto",
     ) -> Array:
-        """Final normalised hidden states [B, T, D] in `dtype`."""
+        """Final normalised hidden states [B, T, D] in `dtype`. Raises ConfigError."""
+        if remat not in get_args(Remat):
+            raise ConfigError(
+                f"remat must be one of {', '.join(get_args(Remat))}, but it is '{remat}'."
+            )
         x = self.embedding[...].astype(dtype)[tokens]
         x = x * jnp.asarray(self.config.d_model**0.5, dtype)
         definition, stacked = nnx.split(self.pairs)
@@ -200,7 +205,8 @@ def hidden_states(
 ) -> Array:
     """Final normalised hidden states [B, T, D] in `dtype`, of tokens and segment ids [B, T].
 
-    Attention is causal and never crosses segment ids; segment 0 is padding.
+    Attention is causal and never crosses segment ids; segment 0 is padding, whose states are
+    finite and mean nothing. Raises ConfigError for an unknown remat policy or attention kernel.
     """
     return _merge(params, config)(
         tokens, segment_ids, dtype=dtype, remat=remat, attention=attention

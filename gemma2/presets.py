@@ -54,6 +54,30 @@ PRESETS: dict[str, ModelConfig] = {
         window_tokens=16,
         max_tokens=128,
     ),
+    "mini": ModelConfig(
+        vocab_size=4096,
+        d_model=128,
+        num_layers=4,
+        mlp_width=384,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=32,
+        query_scalar=32,
+        window_tokens=128,
+        max_tokens=1024,
+    ),
+    "small": ModelConfig(
+        vocab_size=8192,
+        d_model=256,
+        num_layers=6,
+        mlp_width=768,
+        num_heads=8,
+        num_kv_heads=4,
+        head_size=32,
+        query_scalar=32,
+        window_tokens=256,
+        max_tokens=2048,
+    ),
 }
 
 

@@ -63,15 +63,17 @@ def test_later_tokens_change_nothing_before_them(params):
     assert np.abs(before[:, 30:] - after[:, 30:]).max() > 0.1
 
 
-def test_query_blocks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("block", [16, 24], ids=["even", "last block short"])
+def test_query_blocks_change_nothing(monkeypatch, block):
     keys = jax.random.split(jax.random.key(3), 3)
     query, key, value = (
         jax.random.normal(k, (2, 64, heads, 8)) for k, heads in zip(keys, (4, 2, 2), strict=True)
     )
     segments = jnp.repeat(jnp.array([1, 2]), 32)[None].repeat(2, axis=0)
     whole = attention.reference(query, key, value, segments, cap=5.0, window=9)
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
     blocked = attention.reference(query, key, value, segments, cap=5.0, window=9)
+    assert blocked.shape == whole.shape
     np.testing.assert_allclose(whole, blocked, atol=1e-6)
 
 
@@ -113,6 +115,33 @@ def test_a_kernel_without_a_feature_is_refused_by_name(monkeypatch):
     attention.choose("plain", cap=None, **needs)
     with pytest.raises(ConfigError, match="'plain' lacks soft-cap"):
         attention.choose("plain", cap=50.0, **needs)
+
+
+def test_a_kernel_without_segments_is_refused_by_name(monkeypatch):
+    single = attention.Kernel(attention.reference, True, True, False, True)
+    monkeypatch.setitem(attention.KERNELS, "single", single)
+    with pytest.raises(ConfigError, match="'single' lacks segments; choose"):
+        attention.choose("single", cap=None, window=None, head_size=8, backward=True)
+
+
+def test_an_unknown_remat_policy_is_refused(params):
+    ones = np.ones((1, 4), np.int32)
+    with pytest.raises(ConfigError, match="one of none, full, but it is 'dots'"):
+        hidden(params, ones, ones, remat="dots")
+
+
+def test_padding_alone_is_finite(params):
+    zeros = np.zeros((1, 9), np.int32)
+    assert bool(jnp.isfinite(hidden(params, zeros, zeros)).all())
+
+
+def test_a_model_file_is_read_and_checked(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(TINY.model_dump_json())
+    assert presets.resolve(str(path)) == TINY
+    path.write_text(TINY.model_dump_json().replace('"num_layers":2', '"num_layers":3'))
+    with pytest.raises(ConfigError, match=r"num_layers must be even.*it is 3"):
+        presets.resolve(str(path))
 
 
 def test_an_unknown_model_names_the_presets():
