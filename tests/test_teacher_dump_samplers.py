@@ -142,6 +142,15 @@ def test_a_certain_position_costs_one_entry() -> None:
     np.testing.assert_allclose(block.entry_weight[3:], 1 / 21, rtol=1e-6)
 
 
+def test_a_tail_is_kept_where_near_heads_would_use_up_the_budget() -> None:
+    """The second of two slots is shared by what is just below tau and a sliver, not given away."""
+    spec = SamplerSpec(entries_per_token=2, block_tokens=1)
+    log_probs = jnp.log(jnp.asarray([[0.5, 0.49998, 2e-5]], jnp.float32))
+    block = sample_block_jit(spec, log_probs, jnp.ones(1, bool), jax.random.key(0))
+    assert block.entry_id.tolist() == [0, 1]
+    np.testing.assert_allclose(block.entry_weight, [0.5, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("vocab", [13, 300])
 def test_equal_probabilities_fill_the_budget(vocab: int) -> None:
     spec = SamplerSpec(entries_per_token=12, block_tokens=16)

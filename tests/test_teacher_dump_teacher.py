@@ -154,7 +154,12 @@ def test_stored_rows_have_the_formats_shapes_and_types(
     }
     types = [getattr(result, field.name).dtype.name for field in fields(result)]
     assert types == ["uint16", "uint32", "uint16", "float32", "float16", "float16"]
-    # A block of padding is empty, and says so.
+    # Unused slots are all alike, in a block of padding and at the end of another.
+    top_k = SamplerSpec(name="top_k", entries_per_token=6, block_tokens=BLOCK)
+    partly = compute(teacher, tokens, segment_ids, spec=top_k)
+    unused = (partly.entry_id == UNUSED_ID).reshape(ROWS, LENGTH // BLOCK, -1)
+    assert (unused.any(axis=2) & ~unused.all(axis=2)).sum() > 3
+    assert (partly.entry_weight[partly.entry_id == UNUSED_ID] == 0).all()
     assert (result.entry_id[4, -2 * BLOCK * 6 :] == UNUSED_ID).all()
     assert (result.weight_floor[4, 2:] == 1).all()
     assert (result.entry_weight[result.entry_id == UNUSED_ID] == 0).all()

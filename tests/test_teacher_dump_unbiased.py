@@ -36,7 +36,6 @@ from teacher_dump.teacher import Gemma2Teacher
 ROWS, LENGTH, BLOCK = 2304, 16, 8
 VOCAB, EMBEDDING_ROWS = 333, 340
 TEMPERATURE = 0.8
-CLASSES = ("head", "large tail", "small tail", "rank > 100")
 WORST_Z = 5.0
 
 MODEL = ModelConfig(
@@ -148,6 +147,7 @@ def bias_scores(batch: reader.TargetBatch, p: np.ndarray, tau: np.ndarray) -> di
         "large tail": ~is_head & (p >= tau[:, None] / 10),
         "small tail": ~is_head & (p < tau[:, None] / 10),
         "rank > 100": rank > 100,
+        "tail ids below 128": ~is_head & (np.arange(VOCAB)[None, :] < 128),
     }
     scores = {}
     for name, member in members.items():
