@@ -166,5 +166,17 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
+def entry() -> None:
+    """The console command: `main`, and its status to the shell."""
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == EXIT_INTERRUPTED:
+        # Threads of Beam and XLA that were cut off crash the interpreter's own way out. Nothing is
+        # lost: all that is on disk was written whole.
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -5,6 +5,7 @@ elements are names of work and never data. That shape gives the same bytes on ev
 tried; others lose elements on some. Results go to the store, not through Beam.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from schemas import errors
 from schemas.base import Document
+
+# Beam logs each failed bundle with its traceback; the same text comes back as the exception.
+logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
 
 _REFUSED_RUNNERS = {
     "DirectRunner": "it may download and start another runner; leave --runner out for FnApiRunner",
@@ -71,6 +75,8 @@ def run(
     except errors.RetortError:
         raise
     except Exception as error:
+        if "KeyboardInterrupt" in str(error).strip().rsplit("\n", 1)[-1]:
+            raise KeyboardInterrupt from error
         foreseen = _foreseen(str(error))
         if foreseen is None:
             raise

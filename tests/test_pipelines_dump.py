@@ -179,6 +179,33 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, tmp_path):
     assert digest(store) == digest(whole)
 
 
+def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_path):
+    store = tmp_path / "store"
+    tokenize.tokenize(tokenize_config(world, store), QUIET)
+    command = [sys.executable, "-m", "pipelines.cli", "dump", *flags(dump_config(world, store))]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        ledger = store / "targets/default/ledger"
+        deadline = time.monotonic() + 120
+        while not (ledger.is_dir() and any(ledger.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=120)
+    assert process.returncode == 130, message
+    assert message.strip().splitlines() == [
+        "retort dump: interrupted; what was committed is kept, and the same command continues."
+    ]
+    assert (
+        0
+        < len(writer.committed(str(store), "default"))
+        < len(list(whole.glob("targets/*/ledger/*")))
+    )
+    dump.dump(dump_config(world, store), QUIET)
+    assert digest(store) == digest(whole)
+
+
 def test_a_dump_over_unfinished_tokens_is_refused(world, tmp_path):
     config = tokenize_config(world, tmp_path / "store")
     tokenize.tokenize(config, QUIET)
