@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from student_store import VOCAB, make_store
 
+from gemma2 import model as gemma2
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 from schemas.runs import MeshConfig, TrainConfig
@@ -84,6 +86,32 @@ def test_losses_and_gradients_are_those_of_one_device(source: StoreSource, name:
     expected_metrics, expected = loss_and_gradients(source, "one")
     np.testing.assert_allclose(metrics, expected_metrics, rtol=2e-6)
     paths = jax.tree_util.tree_flatten_with_path(expected)[0]
+    for (path, wanted), actual in zip(paths, jax.tree.leaves(gradients), strict=True):
+        error = np.linalg.norm(actual - wanted) / np.linalg.norm(wanted)
+        assert error < 1e-5, jax.tree_util.keystr(path)
+
+
+def test_one_device_has_the_gradients_of_the_dense_model(source: StoreSource) -> None:
+    _, _, batch, state = setup(source, "one")
+    tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segment_ids)
+    mask = np.pad((segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] != 0), ((0, 0), (0, 1)))
+    dense = np.zeros((*tokens.shape, VOCAB), np.float32)
+    row = np.broadcast_to(np.arange(8)[:, None], batch.entry_id.shape)
+    used = np.asarray(batch.entry_id) >= 0
+    place = (row[used], np.asarray(batch.entry_position)[used], np.asarray(batch.entry_id)[used])
+    np.add.at(dense, place, np.asarray(batch.entry_weight)[used])
+    label = np.eye(VOCAB, dtype=np.float32)[np.roll(tokens, -1, axis=1)]
+    mixed = (0.7 * dense + 0.3 * label) * mask[..., None] / mask.sum()
+
+    def objective(params: Any) -> jax.Array:
+        hidden = gemma2.hidden_states(params, MODEL, tokens, segments, dtype=np.dtype("float32"))
+        logits = gemma2.logits(params, MODEL, hidden)[..., :VOCAB]
+        return -jnp.sum(jnp.asarray(mixed) * jax.nn.log_softmax(logits))
+
+    loss, expected = jax.jit(jax.value_and_grad(objective))(state.params)
+    metrics, gradients = loss_and_gradients(source, "one")
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-6)
+    paths = jax.tree_util.tree_flatten_with_path(jax.device_get(expected))[0]
     for (path, wanted), actual in zip(paths, jax.tree.leaves(gradients), strict=True):
         error = np.linalg.norm(actual - wanted) / np.linalg.norm(wanted)
         assert error < 1e-5, jax.tree_util.keystr(path)
