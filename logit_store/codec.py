@@ -1,6 +1,8 @@
 """The weight code: a weight in [floor, 1] as one or two bytes on a log scale, unbiased.
 
-w = floor ** (1 - code / C), C = 255 or 65535: code 0 is the block's floor exactly, code C is 1.
+w = floor ** (1 - code / C), C = 255 or 65535: code 0 is the block's floor exactly, code C is 1. A
+decoded weight is off by less than one step, relatively floor ** (-1 / C) - 1: for a floor of 0.01
+that is 1.9 % of the weight with one byte and 0.007 % with two.
 """
 
 import numpy as np
@@ -47,7 +49,9 @@ def encode_weights(
     a = np.exp(log_floor * (1 - lower / last))
     b = np.exp(log_floor * (1 - (lower + 1) / last))
     gap = b - a
-    chance = np.divide(weights - a, gap, out=np.zeros_like(gap), where=gap > 0)
+    # exp(log(floor)) may miss the floor by a bit, but a weight at the floor is code 0 for certain.
+    rounds = (gap > 0) & (weights > floor)
+    chance = np.divide(weights - a, gap, out=np.zeros_like(gap), where=rounds)
     return (lower + (uniforms < chance)).astype(_DTYPES[code])
 
 

@@ -5,7 +5,10 @@ Nothing here decides what is written when. A store is a local folder, `gs://buck
 writes a file whole, syncs it and renames it.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from logit_store.codec import code_dtype
+from schemas.base import canonical_json
 from schemas.errors import (
     ConfigError,
     CorruptStoreError,
@@ -33,6 +37,7 @@ TARGETS = "targets/"
 LOCK_SUFFIX = ".__lock"
 UNUSED_ID = 0xFFFFFFFF
 _ATTRIBUTE = "retort"
+_CHECKSUM = "retort_sha256"
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,8 @@ def open_kvstore(url: str, path: str = "") -> Any:
 def open_array(url: str, group: str, spec: ArraySpec) -> Any:
     """An existing array for reading and writing. Raises CorruptStoreError if its metadata differs.
 
-    Every shard is stored even where it holds only the fill value: a missing file is then damage.
+    Every shard is stored even where it holds only the fill value: a missing file is then damage,
+    and reading it fails instead of giving zeros, which are tokens and ids like any other.
     """
     try:
         return ts.open(
@@ -181,6 +187,7 @@ def open_array(url: str, group: str, spec: ArraySpec) -> Any:
                 "kvstore": kvstore_spec(url, f"{group}{spec.name}/"),
                 "metadata": spec.metadata(),
                 "store_data_equal_to_fill_value": True,
+                "fill_missing_data_reads": False,
             },
             open=True,
             create=False,
@@ -199,7 +206,13 @@ def array_json(spec: ArraySpec) -> bytes:
 
 def group_json(manifest: Manifest | None) -> bytes:
     """The exact bytes of a group's zarr.json."""
-    attributes = {} if manifest is None else {_ATTRIBUTE: manifest.model_dump(mode="json")}
+    attributes = {}
+    if manifest is not None:
+        # Without the checksum a flipped digit of a seed or of a version would be another manifest.
+        attributes = {
+            _ATTRIBUTE: manifest.model_dump(mode="json"),
+            _CHECKSUM: manifest.fingerprint(),
+        }
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode()
 
@@ -220,7 +233,8 @@ def read_manifest(url: str, name: str | None) -> Manifest:
         )
     where = f"{url}: {path}{GROUP_KEY}"
     try:
-        document = json.loads(raw)["attributes"][_ATTRIBUTE]
+        attributes = json.loads(raw)["attributes"]
+        document = attributes[_ATTRIBUTE]
         version = document["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(
@@ -231,6 +245,11 @@ def read_manifest(url: str, name: str | None) -> Manifest:
         raise FormatVersionError(
             f"This retort reads format version {FORMAT_VERSION}, but {where} is of version "
             f"{version}; upgrade retort or use the version that wrote it."
+        )
+    if attributes.get(_CHECKSUM) != hashlib.sha256(canonical_json(document).encode()).hexdigest():
+        raise CorruptStoreError(
+            f"A manifest must match its {_CHECKSUM}, but that of {where} does not; restore the "
+            "file or make the store again."
         )
     kind = TokensManifest if name is None else TargetsManifest
     try:
@@ -243,6 +262,48 @@ def read_bytes(store: Any, key: str) -> bytes | None:
     """An object's bytes, or None if there is none."""
     result = store.read(key).result()
     return result.value if result.state == "value" else None
+
+
+def write_new(store: Any, key: str, data: bytes) -> bytes:
+    """Write an object unless it exists, atomically; returns the bytes that are stored then."""
+    found = store.read(key).result()
+    if found.state == "missing":
+        store.write(key, data, if_equal=found.stamp.generation).result()
+        found = store.read(key).result()
+    return found.value
+
+
+def sweep_locks(url: str) -> int:
+    """Delete lock files that killed writers of a local store left; returns how many.
+
+    A lock that a live writer holds is left alone. Cloud stores have none.
+    """
+    spec = kvstore_spec(url)
+    swept = 0
+    if spec["driver"] != "file":
+        return swept
+    # TensorStore hides its locks from listings, so the folder itself is searched.
+    for path in sorted(Path(spec["path"]).rglob(f"*{LOCK_SUFFIX}")):
+        swept += _sweep_lock(path)
+    return swept
+
+
+def _sweep_lock(path: Path) -> bool:
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError:
+        # Its writer finished: locks are renamed into place.
+        return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A writer that finished in between may be followed by one with a lock of its own.
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return False
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            return False
+        path.unlink()
+    return True
 
 
 def list_keys(store: Any) -> list[str]:

@@ -70,11 +70,31 @@ def read_committed(url: str, name: str | None) -> dict[int, LedgerRecord]:
 
 
 def commit(url: str, name: str | None, record: LedgerRecord) -> LedgerRecord:
-    """Write a record; the caller has written and read back all its data before."""
+    """Write a record; the caller has written and read back all its data before.
+
+    If another writer was first, its record stands and is returned. Raises CorruptStoreError if it
+    vouches for other bytes: then the two have overwritten each other's data.
+    """
     sealed = record.sealed()
+    index = sealed.spec.index
     store = layout.open_kvstore(url, layout.group_path(name))
-    store.write(layout.ledger_key(sealed.spec.index), record_bytes(sealed)).result()
-    return sealed
+    if layout.write_new(store, layout.ledger_key(index), record_bytes(sealed)) == record_bytes(
+        sealed
+    ):
+        return sealed
+    first = read_record(url, name, index)
+    if first is None or _data(first) != _data(sealed):
+        key = layout.group_path(name) + layout.ledger_key(index)
+        raise CorruptStoreError(
+            f"Writers of one shard must produce equal bytes, but two of shard {index} of {url} did "
+            f"not; use one kind of hardware, delete {key} and run again."
+        )
+    return first
+
+
+def _data(record: LedgerRecord) -> tuple[object, ...]:
+    """What a record says of the stored bytes; sums may differ in the last bit between machines."""
+    return record.spec, record.tokens_sha256, record.files
 
 
 def record_bytes(record: LedgerRecord) -> bytes:

@@ -63,37 +63,71 @@ class _Rows:
         """The ledger records of all committed shards."""
         return ledger.read_committed(self.url, self._name)
 
-    def column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """One array's stored values for `rows`, in their order.
+    def columns(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Every array's stored values for `rows`, in their order; all are fetched at once.
 
-        Raises IncompleteStoreError for rows not committed, CorruptStoreError for damaged bytes.
+        Raises IndexError for what is no row, IncompleteStoreError for rows not committed and
+        CorruptStoreError for bytes that are damaged or missing.
         """
-        self._check(rows)
-        spec = layout.arrays(self._manifest)[name]
-        if name not in self._arrays:
-            self._arrays[name] = layout.open_array(self.url, layout.group_path(self._name), spec)
-        try:
-            return self._arrays[name][rows.astype(np.int64)].read().result()
-        except (ValueError, OSError) as error:
-            shards = sorted({int(row) // self._manifest.shard_sequences for row in rows})
-            raise CorruptStoreError(
-                f"Stored bytes must match their checksums, but {name} of {self.url} does not in "
-                f"one of shards {shards[:8]}: {error}; run `retort verify {self.url}`."
-            ) from error
+        index = self._index(rows)
+        if not self._arrays:
+            group = layout.group_path(self._name)
+            self._arrays = {
+                name: layout.open_array(self.url, group, spec)
+                for name, spec in layout.arrays(self._manifest).items()
+            }
+        reads = {name: array[index].read() for name, array in self._arrays.items()}
+        found = {}
+        for name, read in reads.items():
+            try:
+                found[name] = read.result()
+            except (ValueError, OSError) as error:
+                raise self._damage(name, index, error) from error
+        return found
 
-    def _check(self, rows: np.ndarray) -> None:
+    def _index(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 [R], all of them committed rows."""
         total = self._manifest.num_sequences
-        if rows.ndim != 1 or (rows.size and not (rows.min() >= 0 and rows.max() < total)):
+        given = np.asarray(rows)
+        index = given.astype(np.int64) if given.dtype.kind in "iu" or not given.size else None
+        if index is None or index.ndim != 1 or ((index < 0) | (index >= total)).any():
             raise IndexError(
-                f"Rows must be a list of indices in [0, {total}), but they are {rows.tolist()[:8]}."
+                f"Rows must be a list of whole numbers in [0, {total}), but they are "
+                f"{given.tolist()[:8]}."
             )
-        missing = set((rows // self._manifest.shard_sequences).tolist()) - self.committed
-        if missing:
+        shards = index // self._manifest.shard_sequences
+        is_missing = ~np.isin(shards, list(self.committed))
+        if is_missing.any():
             what = "tokens" if self._name is None else f"targets '{self._name}'"
             raise IncompleteStoreError(
-                f"Only committed rows can be read, but shards {sorted(missing)[:8]} of the {what} "
-                f"of {self.url} are not; run the job that writes them again."
+                f"Only committed rows can be read, but rows {_few(index[is_missing])}, of shards "
+                f"{_few(shards[is_missing])} of the {what} of {self.url}, are not; run the job "
+                "that writes them again."
             )
+        return index
+
+    def _damage(self, name: str, index: np.ndarray, error: Exception) -> CorruptStoreError:
+        """The error for an array that could not be read, with the shards that are to blame."""
+        shards = index // self._manifest.shard_sequences
+        bad = []
+        for shard in np.unique(shards):
+            try:
+                self._arrays[name][index[shards == shard]].read().result()
+            except (ValueError, OSError) as found:
+                bad.append(shard)
+                error = found
+        array = layout.group_path(self._name) + name
+        return CorruptStoreError(
+            f"Stored bytes must be there and match their checksums, but those of {array} in shards "
+            f"{_few(np.array(bad))} of {self.url} do not ({str(error).splitlines()[0]}); run "
+            f"`retort verify {self.url}`."
+        )
+
+
+def _few(values: np.ndarray) -> str:
+    """The first of the values, each once, in order."""
+    distinct = np.unique(values).tolist()
+    return str(distinct) if len(distinct) <= 8 else f"{distinct[:8]} and {len(distinct) - 8} more"
 
 
 class TokensReader(_Rows):
@@ -109,11 +143,8 @@ class TokensReader(_Rows):
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> TokenRows:
         """Tokens and segment ids of the given rows, in their order."""
-        index = np.asarray(rows, np.int64)
-        return TokenRows(
-            tokens=self.column("tokens", index),
-            segment_ids=self.column("segment_ids", index).astype(np.int32),
-        )
+        found = self.columns(rows)
+        return TokenRows(found["tokens"], found["segment_ids"].astype(np.int32))
 
 
 class TargetsReader(_Rows):
@@ -136,16 +167,12 @@ class TargetsReader(_Rows):
 
     def stored(self, rows: Sequence[int] | np.ndarray) -> TargetRows:
         """The columns as they are stored, undecoded."""
-        index = np.asarray(rows, np.int64)
-        return TargetRows(
-            **{name: self.column(name, index) for name in layout.targets_arrays(self.manifest)}
-        )
+        return TargetRows(**self.columns(rows))
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> TargetBatch:
         """Decoded targets of the given rows, in their order."""
-        index = np.asarray(rows, np.int64)
-        tokens = self.tokens.rows(index)
-        stored = self.stored(index)
+        tokens = self.tokens.rows(rows)
+        stored = self.stored(rows)
         entries = decode_entries(self.manifest, stored)
         return TargetBatch(
             tokens=tokens.tokens,

@@ -6,6 +6,7 @@ again.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,10 +14,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from logit_store import layout, ledger, reader
-from logit_store.decode import check_targets
+from logit_store.decode import (
+    check_targets,
+    check_tokens,
+    targets_statistics,
+    tokens_statistics,
+)
 from logit_store.writer import tokens_digest
 from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
-from schemas.manifest import LedgerRecord, Manifest, ShardFile, TargetsManifest, identity
+from schemas.manifest import (
+    LedgerRecord,
+    ShardFile,
+    ShardSpec,
+    ShardStatistics,
+    identity,
+)
 
 Progress = Callable[[int, str], None]
 
@@ -95,6 +107,7 @@ def _verify_group(
         key = f"{group}{array.name}/{layout.GROUP_KEY}"
         known.add(key)
         _expect(url, report, key, layout.array_json(array))
+    contents = _Contents(url, name)
     fingerprint = identity(manifest)
     is_manifest_wrong = False
     committed = ledger.committed_indices(url, name)
@@ -122,7 +135,9 @@ def _verify_group(
             report.problems.append(Problem(record_key, index, "the record is of other rows"))
         is_whole = _check_files(url, group, index, record.files, shard_keys, report)
         if is_whole:
-            _check_contents(url, name, manifest, record, index, report)
+            what = contents.fault(record, spec)
+            if what is not None:
+                report.problems.append(Problem(record_key, index, what))
         progress(report.shards, group + str(index))
     if is_manifest_wrong:
         what = "the manifest is not the one that the ledger's records were written under"
@@ -161,29 +176,48 @@ def _check_files(
     return len(report.problems) == before
 
 
-def _check_contents(
-    url: str,
-    name: str | None,
-    manifest: Manifest,
-    record: LedgerRecord,
-    index: int,
-    report: Report,
-) -> None:
-    """Decode a shard whose files are whole and check the format's rules and the token link."""
-    rows = np.arange(record.spec.first_row, record.spec.stop_row)
-    where = layout.group_path(name) + layout.ledger_key(index)
-    try:
-        tokens = reader.TokensReader(url).rows(rows)
-        if tokens_digest(tokens.tokens) != record.tokens_sha256:
-            report.problems.append(
-                Problem(where, index, "the tokens are not those that the shard was computed from")
-            )
-        if isinstance(manifest, TargetsManifest):
-            targets = reader.TargetsReader(url, str(name)).stored(rows)
-            segments = tokens.segment_ids.astype(np.uint16)
-            check_targets(manifest, segments, targets, record.spec.first_row)
-    except (RetortError, ValueError) as error:
-        report.problems.append(Problem(where, index, str(error)))
+class _Contents:
+    """The decoded rows of one group, held against the format's rules and their records."""
+
+    def __init__(self, url: str, name: str | None):
+        self._url, self._name = url, name
+        self._tokens: reader.TokensReader | None = None
+        self._targets: reader.TargetsReader | None = None
+
+    def fault(self, record: LedgerRecord, spec: ShardSpec) -> str | None:
+        """What is wrong with a shard whose files are as recorded, or None."""
+        try:
+            return self._fault(record, np.arange(spec.first_row, spec.stop_row))
+        except (RetortError, ValueError) as error:
+            return str(error)
+
+    def _fault(self, record: LedgerRecord, rows: np.ndarray) -> str | None:
+        # Opened here, so that a damaged manifest is a problem of each shard that depends on it.
+        if self._tokens is None:
+            self._tokens = reader.TokensReader(self._url)
+        tokens = self._tokens.columns(rows)
+        segments, first = tokens["segment_ids"], int(rows[0])
+        if tokens_digest(tokens["tokens"]) != record.tokens_sha256:
+            return "the tokens are not those that the shard was computed from"
+        if self._name is None:
+            check_tokens(self._tokens.manifest, tokens["tokens"], segments, first)
+            return _difference(record.statistics, tokens_statistics(segments))
+        if self._targets is None:
+            self._targets = reader.TargetsReader(self._url, self._name)
+        manifest = self._targets.manifest
+        targets = self._targets.stored(rows)
+        check_targets(manifest, segments, targets, first)
+        return _difference(record.statistics, targets_statistics(manifest, segments, targets))
+
+
+def _difference(recorded: ShardStatistics, counted: ShardStatistics) -> str | None:
+    for name, value in recorded.model_dump().items():
+        found = getattr(counted, name)
+        # Sums of floats may differ in the last bits between machines; counts may not.
+        tolerance = 1e-6 if isinstance(value, float) else 0.0
+        if not math.isclose(value, found, rel_tol=tolerance, abs_tol=tolerance):
+            return f"the record's {name} is {value} but the rows give {found}"
+    return None
 
 
 def _expect(url: str, report: Report, key: str, expected: bytes) -> None:

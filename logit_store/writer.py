@@ -1,9 +1,11 @@
 """Creates stores and commits shards. The driver creates; workers write shards and nothing else.
 
-Order, and the race each step prevents: array metadata, then the group's manifest (a manifest that
-can be read promises arrays that can be opened), then a shard's data, then its ledger record (a
-record promises data). Each object is written whole and renamed into place. All of it may be
-repeated: equal inputs give equal bytes, so a retry or a second writer overwrites data with itself.
+Order, and the race each step prevents: the manifest, only where there is none (of two drivers with
+different configs one wins, and the other is refused before it has written anything else), then
+array metadata (which follows from the manifest; a driver that was killed in between is continued by
+the next), then a shard's data, then its ledger record (a record promises data). Each object is
+written whole and renamed into place. All of it may be repeated: equal inputs give equal bytes, so a
+retry or a second writer overwrites data with itself.
 """
 
 import hashlib
@@ -12,11 +14,18 @@ from dataclasses import fields
 import numpy as np
 
 from logit_store import layout, ledger
-from logit_store.decode import TargetRows, check_targets, entry_masses
+from logit_store.decode import (
+    TargetRows,
+    check_targets,
+    check_tokens,
+    targets_statistics,
+    tokens_statistics,
+)
+from logit_store.reader import TokensReader
 from schemas.errors import (
+    AlignmentError,
     CorruptStoreError,
     ManifestMismatchError,
-    StoreNotFoundError,
 )
 from schemas.manifest import (
     LedgerRecord,
@@ -32,6 +41,8 @@ from schemas.manifest import (
 plan_shards = ledger.plan_shards
 committed = ledger.read_committed
 pending = ledger.pending
+sweep_locks = layout.sweep_locks
+_MOST_DIFFERENCES = 12
 
 
 def create_tokens(url: str, manifest: TokensManifest) -> None:
@@ -54,63 +65,51 @@ def create_targets(url: str, name: str, manifest: TargetsManifest) -> None:
     _create(url, name, manifest)
 
 
-def sweep_locks(url: str) -> int:
-    """Delete lock files that killed writers left; returns how many. Only the driver may call it."""
-    store = layout.open_kvstore(url)
-    locks = [key for key in layout.list_keys(store) if key.endswith(layout.LOCK_SUFFIX)]
-    for key in locks:
-        store.write(key, None).result()
-    return len(locks)
-
-
 def _create(url: str, name: str | None, manifest: Manifest) -> None:
     path = layout.group_path(name)
     store = layout.open_kvstore(url, path)
-    try:
-        existing = layout.read_manifest(url, name)
-    except StoreNotFoundError:
-        existing = None
-    if existing is not None:
-        _compare(f"{url} {path}".strip(), existing, manifest)
-        return
+    layout.write_new(store, layout.GROUP_KEY, layout.group_json(manifest))
+    _compare(f"{url} {path}".strip(), layout.read_manifest(url, name), manifest)
     if name is not None:
         targets = layout.open_kvstore(url, layout.TARGETS)
-        targets.write(layout.GROUP_KEY, layout.group_json(None)).result()
+        layout.write_new(targets, layout.GROUP_KEY, layout.group_json(None))
     for spec in layout.arrays(manifest).values():
-        store.write(f"{spec.name}/{layout.GROUP_KEY}", layout.array_json(spec)).result()
-    store.write(layout.GROUP_KEY, layout.group_json(manifest)).result()
+        layout.write_new(store, f"{spec.name}/{layout.GROUP_KEY}", layout.array_json(spec))
 
 
 def _compare(where: str, existing: Manifest, wanted: Manifest) -> None:
     if identity(existing) == identity(wanted):
         return
-    differences = "; ".join(
-        f"{field} is {old} there and {new} here"
-        for field, old, new in _differences(
-            existing.model_dump(mode="json"), wanted.model_dump(mode="json")
-        )
-    )
+    found = _differences(existing.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    differences = "; ".join(found[:_MOST_DIFFERENCES])
+    if len(found) > _MOST_DIFFERENCES:
+        differences += f"; and {len(found) - _MOST_DIFFERENCES} more fields differ"
     raise ManifestMismatchError(
         f"A store is continued only under the config that made it, but at {where} {differences}; "
         "use the old config, another name or a new store."
     )
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, str, str]]:
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        if (prefix + key) == "software" or old.get(key) == new.get(key):
-            continue
-        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            found += _differences(old[key], new[key], f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, _short(old.get(key)), _short(new.get(key))))
-    return found
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+def _differences(old: object, new: object, field: str = "") -> list[str]:
+    """A phrase for every field that differs, with the old value and the new."""
+    if old == new or field == "software":
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        prefix = f"{field}." if field else ""
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(old.get(key), new.get(key), f"{prefix}{key}")
+        ]
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return [f"{field} is {len(old)} items there and {len(new)} items here"]
+        return [
+            f"{field} is different in item {index}: {difference}"
+            for index, items in enumerate(zip(old, new, strict=True))
+            for difference in _differences(*items)
+        ]
+    return [f"{field} is {old} there and {new} here"]
 
 
 class _ShardWriter:
@@ -131,6 +130,16 @@ class _ShardWriter:
             )
         return ledger.read_record(self._url, self._name, spec.index)
 
+    def _check_shapes(self, spec: ShardSpec, columns: dict[str, np.ndarray]) -> None:
+        for name, values in columns.items():
+            array = layout.arrays(self._manifest)[name]
+            expected = (spec.stop_row - spec.first_row, array.shape[1])
+            if values.shape != expected or values.dtype != array.dtype:
+                raise ValueError(
+                    f"{name} must be {array.dtype} {expected}, but it is {values.dtype} "
+                    f"{values.shape}."
+                )
+
     def _write(
         self,
         spec: ShardSpec,
@@ -140,14 +149,6 @@ class _ShardWriter:
     ) -> LedgerRecord:
         group = layout.group_path(self._name)
         specs = layout.arrays(self._manifest)
-        rows = spec.stop_row - spec.first_row
-        for name, values in columns.items():
-            expected = (rows, specs[name].shape[1])
-            if values.shape != expected or values.dtype != specs[name].dtype:
-                raise ValueError(
-                    f"{name} must be {specs[name].dtype} {expected}, but it is {values.dtype} "
-                    f"{values.shape}."
-                )
         writes = [
             layout.open_array(self._url, group, specs[name])[spec.first_row : spec.stop_row].write(
                 values
@@ -188,23 +189,15 @@ class TokensWriter(_ShardWriter):
     def write(self, spec: ShardSpec, tokens: np.ndarray, segment_ids: np.ndarray) -> LedgerRecord:
         """Write and commit rows [R, L] of token ids (int32) and segment ids (uint16, 0 padding).
 
-        Raises ValueError if a token is not an id of the tokenizer.
+        Raises ValueError naming the first row that breaks a rule of the format.
         """
         existing = self.committed(spec)
         if existing is not None:
             return existing
-        vocab_size = self.manifest.tokenizer.vocab_size
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-            raise ValueError(
-                f"Tokens must be ids in [0, {vocab_size}), but they span [{tokens.min()}, "
-                f"{tokens.max()}]; check that the tokenizer is the manifest's."
-            )
-        statistics = ShardStatistics(
-            tokens=int(np.count_nonzero(segment_ids)),
-            predicted_tokens=int(np.count_nonzero(layout.predicted_mask(segment_ids))),
-        )
         columns = {"tokens": tokens, "segment_ids": segment_ids}
-        return self._write(spec, columns, tokens_digest(tokens), statistics)
+        self._check_shapes(spec, columns)
+        check_tokens(self.manifest, tokens, segment_ids, spec.first_row)
+        return self._write(spec, columns, tokens_digest(tokens), tokens_statistics(segment_ids))
 
 
 class TargetsWriter(_ShardWriter):
@@ -223,25 +216,34 @@ class TargetsWriter(_ShardWriter):
     ) -> LedgerRecord:
         """Check, write and commit the targets of rows [R, L] whose tokens are given beside them.
 
-        Raises ValueError naming the first row that breaks a rule of the format.
+        Raises ValueError naming the first row that breaks a rule of the format, and AlignmentError
+        if the store's tokens of these rows are others.
         """
         existing = self.committed(spec)
         if existing is not None:
             return existing
-        check_targets(self.manifest, segment_ids, targets, spec.first_row)
-        predicted = layout.predicted_mask(segment_ids)
-        masses = entry_masses(self.manifest, targets)
-        statistics = ShardStatistics(
-            tokens=int(np.count_nonzero(segment_ids)),
-            predicted_tokens=int(np.count_nonzero(predicted)),
-            entries=int(targets.entry_count.sum(dtype=np.int64)),
-            max_entries=int(targets.entry_count.max(initial=0)),
-            mass_sum=float(masses[predicted].sum(dtype=np.float64)),
-            entropy_sum_nats=float(targets.teacher_entropy[predicted].sum(dtype=np.float64)),
-            label_logprob_sum_nats=float(targets.label_logprob[predicted].sum(dtype=np.float64)),
-        )
         columns = {field.name: getattr(targets, field.name) for field in fields(targets)}
+        self._check_shapes(spec, columns)
+        self._check_alignment(spec, tokens, segment_ids)
+        check_targets(self.manifest, segment_ids, targets, spec.first_row)
+        statistics = targets_statistics(self.manifest, segment_ids, targets)
         return self._write(spec, columns, tokens_digest(tokens), statistics)
+
+    def _check_alignment(
+        self, spec: ShardSpec, tokens: np.ndarray, segment_ids: np.ndarray
+    ) -> None:
+        rows = np.arange(spec.first_row, spec.stop_row)
+        stored = TokensReader(self._url).rows(rows)
+        for name, given, there in (
+            ("tokens", tokens, stored.tokens),
+            ("segment_ids", segment_ids, stored.segment_ids),
+        ):
+            if not np.array_equal(given, there):
+                raise AlignmentError(
+                    f"Targets must be computed from the store's own rows, but the {name} given for "
+                    f"rows {spec.first_row} to {spec.stop_row - 1} are not those of {self._url}; "
+                    "read them from the store."
+                )
 
 
 def tokens_digest(tokens: np.ndarray) -> str:

@@ -1,5 +1,6 @@
 """Writing and reading a store: round trips, refusals, resumption, and the bytes of version 1."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -8,16 +9,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_store
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from logit_store import layout, reader, writer
+from logit_store import layout, ledger, reader, writer
 from schemas.errors import (
+    AlignmentError,
     ConfigError,
     CorruptStoreError,
     FormatVersionError,
@@ -25,6 +32,7 @@ from schemas.errors import (
     ManifestMismatchError,
     StoreNotFoundError,
 )
+from schemas.manifest import LedgerRecord, SourceFile
 
 
 @pytest.fixture
@@ -106,7 +114,7 @@ def test_version_1_is_frozen_to_the_byte(store):
     assert digest.hexdigest() == GOLDEN
 
 
-GOLDEN = "42c560fbf7f9a7879c832ac0e2506753582b7825ddeeb73de3174569a8984e59"
+GOLDEN = "c22f5ccbc8b4836062495585a0782656d824d77c7a63f79ad23303c74a68a621"
 
 
 def test_writing_again_changes_nothing(store):
@@ -145,6 +153,63 @@ def test_another_tokenizer_is_refused_with_both_values(store):
         reader.check_tokenizer(manifest, "ab" * 32, 301)
 
 
+def source(index: int, sha256: str) -> SourceFile:
+    return SourceFile(path=f"{index}.txt", size_bytes=9, sha256=sha256, documents=1, text_bytes=9)
+
+
+def test_a_difference_deep_in_a_list_is_named_with_both_values(tmp_path):
+    url = str(tmp_path / "store")
+    old = tuple(source(i, "aa") for i in range(40))
+    writer.create_tokens(url, small_store.tokens_manifest(sources=old))
+    changed = (*old[:7], source(7, "bb"), *old[8:])
+    with pytest.raises(
+        ManifestMismatchError,
+        match="sources is different in item 7: sha256 is aa there and bb here;",
+    ):
+        writer.create_tokens(url, small_store.tokens_manifest(sources=changed))
+    with pytest.raises(ManifestMismatchError, match="sources is 40 items there and 39 items here"):
+        writer.create_tokens(url, small_store.tokens_manifest(sources=old[1:]))
+    others = tuple(source(i, "bb") for i in range(40))
+    with pytest.raises(ManifestMismatchError, match="and 28 more fields differ"):
+        writer.create_tokens(url, small_store.tokens_manifest(sources=others))
+
+
+def test_of_drivers_with_different_configs_only_one_is_accepted(tmp_path):
+    for attempt in range(8):
+        url = str(tmp_path / f"raced-{attempt}")
+        small_store.write_tokens(url)
+        start = threading.Barrier(4)
+
+        def create(seed: int, url: str = url, start: threading.Barrier = start) -> str | None:
+            start.wait()
+            code = ("log_uint8", "log_uint16")[seed % 2]
+            manifest = small_store.targets_manifest(seed=seed, weight_code=code)
+            try:
+                writer.create_targets(url, "default", manifest)
+            except ManifestMismatchError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(create, range(4)))
+        (winner,) = (seed for seed, answer in enumerate(answers) if answer is None)
+        manifest = layout.read_manifest(url, "default")
+        assert manifest.seed == winner
+        for spec in layout.arrays(manifest).values():
+            layout.open_array(url, "targets/default/", spec)
+        assert all(f"seed is {winner} there" in a for a in answers if a is not None)
+
+
+def test_a_driver_killed_between_manifest_and_arrays_is_continued(store, tmp_path):
+    url = str(tmp_path / "cut")
+    small_store.write_tokens(url)
+    manifest = small_store.targets_manifest()
+    group = layout.open_kvstore(url, "targets/default/")
+    layout.write_new(group, layout.GROUP_KEY, layout.group_json(manifest))
+    small_store.write_targets(url)
+    assert files(url) == files(store)
+
+
 def test_a_future_version_is_refused_by_name(store):
     path = Path(store) / "targets/default/zarr.json"
     document = json.loads(path.read_text())
@@ -159,6 +224,10 @@ def test_targets_over_other_tokens_are_refused(store):
     document = json.loads(path.read_text())
     document["attributes"]["retort"]["tokenizer"]["sha256"] = "ef" * 32
     path.write_text(json.dumps(document))
+    with pytest.raises(CorruptStoreError, match=r"match its retort_sha256.*store: zarr\.json"):
+        reader.TargetsReader(store, "default")
+    tokenizer = small_store.tokens_manifest().tokenizer.model_copy(update={"sha256": "ef" * 32})
+    path.write_bytes(layout.group_json(small_store.tokens_manifest(tokenizer=tokenizer)))
     with pytest.raises(ManifestMismatchError, match="must be over the tokens of their store"):
         reader.TargetsReader(store, "default")
 
@@ -176,11 +245,13 @@ def test_rows_of_an_uncommitted_shard_are_refused(store):
     (Path(store) / "targets/default/ledger/00000001.json").unlink()
     targets = reader.TargetsReader(store, "default")
     targets.rows([0, 1, 4])
-    with pytest.raises(IncompleteStoreError, match=r"shards \[1\] of the targets 'default'"):
-        targets.rows([0, 2])
+    with pytest.raises(
+        IncompleteStoreError, match=r"rows \[2, 3\], of shards \[1\] of the targets"
+    ):
+        targets.rows([3, 0, 2])
 
 
-@pytest.mark.parametrize("rows", [[-1], [5], [[0]]])
+@pytest.mark.parametrize("rows", [[-1], [5], [[0]], [0.5], [True, False], ["1"]])
 def test_rows_out_of_range_are_refused(store, rows):
     with pytest.raises(IndexError, match=r"in \[0, 5\)"):
         reader.TokensReader(store).rows(rows)
@@ -193,8 +264,58 @@ def test_a_flipped_byte_is_met_at_the_read(store):
     path.write_bytes(raw)
     targets = reader.TargetsReader(store, "default")
     targets.rows([0])
-    with pytest.raises(CorruptStoreError, match=r"entry_id of .* one of shards \[1\]"):
-        targets.rows([2, 3])
+    with pytest.raises(CorruptStoreError, match=r"targets/default/entry_id in shards \[1\] of"):
+        targets.rows([4, 2, 0, 3])
+
+
+@pytest.mark.parametrize("name", ["tokens", "segment_ids", "targets/default/entry_id"])
+def test_a_data_file_that_is_gone_is_an_error_and_not_zeros(store, name):
+    (Path(store) / name / "c/1/0").unlink()
+    targets = reader.TargetsReader(store, "default")
+    targets.rows([0, 4])
+    with pytest.raises(CorruptStoreError, match=rf"{name} in shards \[1\] of .*missing"):
+        targets.rows([0, 3, 4])
+
+
+def test_the_damaged_shard_is_named_however_many_are_read(tmp_path):
+    url = str(tmp_path / "store")
+    writer.create_tokens(url, small_store.tokens_manifest(num_sequences=12, shard_sequences=1))
+    for spec in writer.pending(url, None):
+        ones = np.ones((1, small_store.LENGTH))
+        writer.TokensWriter(url).write(spec, ones.astype(np.int32), ones.astype(np.uint16))
+    (Path(url) / "tokens/c/11/0").write_bytes(b"")
+    with pytest.raises(CorruptStoreError, match=r"tokens in shards \[11\] of"):
+        reader.TokensReader(url).rows(range(12))
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory) -> tuple[str, reader.TargetBatch]:
+    url = str(tmp_path_factory.mktemp("fuzzed") / "store")
+    small_store.write_store(url)
+    return url, reader.TargetsReader(url, "default").rows(range(small_store.ROWS))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_damage_to_data_is_ever_read_as_other_values(whole_store, data):
+    """Fuzzes the shard files: a read gives the true values or an error, nothing else."""
+    url, expected = whole_store
+    path = data.draw(st.sampled_from(sorted(Path(url).rglob("c/*/0"))))
+    raw = path.read_bytes()
+    start = data.draw(st.integers(0, len(raw) - 1))
+    junk = data.draw(st.binary(max_size=12))
+    path.write_bytes(raw[:start] + junk + raw[start + data.draw(st.integers(0, 12)) :])
+    message, found = "", expected
+    try:
+        found = reader.TargetsReader(url, "default").rows(range(small_store.ROWS))
+    except CorruptStoreError as error:
+        message = str(error)
+    finally:
+        path.write_bytes(raw)
+    if message:
+        assert f"{path.parents[2].name} in shards [{path.parent.name}]" in message
+    for name in expected.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def broken(change):
@@ -235,6 +356,26 @@ def _not_a_number(columns):
     columns["teacher_entropy"][1, 3] = np.nan
 
 
+def _negative_entropy(columns):
+    columns["teacher_entropy"][1, 3] = -1
+
+
+def _probability_above_one(columns):
+    columns["label_logprob"][0, 3] = 1
+
+
+def _entropy_where_nothing_follows(columns):
+    columns["teacher_entropy"][0, 9] = 1
+
+
+def _too_many_entries(columns):
+    columns["entry_count"][1, :8] = 4
+
+
+def _floor_above_one(columns):
+    columns["weight_floor"][1, 0] = 1.5
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
@@ -243,7 +384,12 @@ def _not_a_number(columns):
         (_id_beyond_vocabulary, "below the vocabulary size 300.*row 1"),
         (_ids_not_increasing, "strictly increasing.*row 1"),
         (_no_floor, r"floors lie in \(0, 1\].*row 0"),
-        (_not_a_number, "finite.*row 1"),
+        (_not_a_number, "Entropies are finite and not negative.*row 1.*nan"),
+        (_negative_entropy, "Entropies are finite and not negative.*row 1.*-1"),
+        (_probability_above_one, "Log-probabilities are finite and not positive.*row 0.*1"),
+        (_entropy_where_nothing_follows, "are 0 where the next token is not.*row 0"),
+        (_too_many_entries, "at most 24 entries.*row 1.*32"),
+        (_floor_above_one, r"floors lie in \(0, 1\].*row 1.*1.5"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -264,8 +410,111 @@ def test_tokens_that_no_id_stands_for_are_refused(tmp_path):
     tokens, segments = small_store.token_rows()
     tokens[0, 0] = 300
     spec = writer.pending(url, None)[0]
-    with pytest.raises(ValueError, match=r"ids in \[0, 300\)"):
+    with pytest.raises(ValueError, match=r"ids in \[0, 300\), but row 0 .* holds 300"):
         writer.TokensWriter(url).write(spec, tokens[:2], segments[:2])
+    with pytest.raises(ValueError, match=r"tokens must be int32 \(2, 16\), but it is int64"):
+        writer.TokensWriter(url).write(spec, tokens[:2].astype(np.int64), segments[:2])
+
+
+@pytest.mark.parametrize("numbers", [[2, 2], [1, 3], [1, 2, 1], [1, 0, 1], [1, 0, 2]])
+def test_segment_ids_that_count_no_documents_are_refused(tmp_path, numbers):
+    url = str(tmp_path / "store")
+    writer.create_tokens(url, small_store.tokens_manifest())
+    tokens, segments = small_store.token_rows()
+    segments[1] = 0
+    segments[1, : len(numbers)] = numbers
+    spec = writer.pending(url, None)[0]
+    with pytest.raises(ValueError, match=r"count a row's documents from 1.*row 1"):
+        writer.TokensWriter(url).write(spec, tokens[:2], segments[:2])
+
+
+@pytest.mark.parametrize("name", ["tokens", "segment_ids"])
+def test_targets_of_rows_that_are_not_the_stores_are_refused(tmp_path, name):
+    url = str(tmp_path / "store")
+    small_store.write_tokens(url)
+    writer.create_targets(url, "default", small_store.targets_manifest())
+    spec, tokens, segments, rows = broken(lambda columns: None)
+    if name == "tokens":
+        tokens = tokens[::-1]
+    else:
+        segments = np.ones_like(segments)
+    with pytest.raises(AlignmentError, match=f"the {name} given for rows 0 to 1 are not those"):
+        writer.TargetsWriter(url, "default").write(spec, tokens, segments, rows)
+
+
+def test_a_writer_that_comes_second_with_other_bytes_is_refused(tmp_path, monkeypatch):
+    """Both writers are past the question whether the shard is committed."""
+    url = str(tmp_path / "store")
+    small_store.write_tokens(url)
+    writer.create_targets(url, "default", small_store.targets_manifest())
+    spec, tokens, segments, rows = broken(lambda columns: None)
+    first = writer.TargetsWriter(url, "default").write(spec, tokens, segments, rows)
+    monkeypatch.setattr(ledger, "read_record", lambda *_: None)
+    assert writer.TargetsWriter(url, "default").write(spec, tokens, segments, rows) == first
+    monkeypatch.undo()
+    statistics = first.statistics.model_copy(update={"mass_sum": first.statistics.mass_sum + 1e-9})
+    other_machine = LedgerRecord(**(first.model_dump() | {"statistics": statistics}))
+    assert ledger.commit(url, "default", other_machine) == first
+    monkeypatch.setattr(writer.TargetsWriter, "committed", lambda *_: None)
+    other = replace(rows, teacher_entropy=rows.teacher_entropy / 2)
+    with pytest.raises(
+        CorruptStoreError, match=r"equal bytes, but two of shard 0 .*00000000\.json"
+    ):
+        writer.TargetsWriter(url, "default").write(spec, tokens, segments, other)
+
+
+def test_a_spec_of_another_store_is_refused(store):
+    spec = writer.plan_shards(small_store.tokens_manifest(sequence_tokens=8))[0]
+    tokens, segments = small_store.token_rows()
+    with pytest.raises(ManifestMismatchError, match="under the manifest it was planned for"):
+        writer.TokensWriter(store).write(spec, tokens[:2], segments[:2])
+
+
+def test_locks_of_the_dead_are_swept_and_those_of_the_living_are_not(store):
+    dead = Path(store) / "targets/default/entry_id/c/2/0.__lock"
+    dead.write_bytes(b"half a shard")
+    living = Path(store) / "tokens/c/0/0.__lock"
+    code = (
+        "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX); print(1,flush=1)"
+    )
+    holder = [sys.executable, "-c", f"{code}; sys.stdin.read()", str(living)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert writer.sweep_locks(store) == 1
+        assert living.exists()
+        assert not dead.exists()
+        process.communicate()
+    assert writer.sweep_locks(store) == 1
+    assert writer.sweep_locks(store) == 0
+
+
+def test_a_write_waits_for_the_lock_that_the_sweep_respects(store):
+    """TensorStore and the sweep must mean the same lock, or a sweep could cut a live write."""
+    key = Path(store) / "stray"
+    lock = Path(f"{key}{layout.LOCK_SUFFIX}")
+    with lock.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        write = layout.open_kvstore(store).write("stray", b"late")
+        with pytest.raises(TimeoutError):
+            write.result(timeout=0.3)
+        lock.unlink()
+    write.result(timeout=10)
+    assert key.read_bytes() == b"late"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("gs://bucket", {"driver": "gcs", "bucket": "bucket", "path": "tokens/"}),
+        ("gs://bucket/a/b/", {"driver": "gcs", "bucket": "bucket", "path": "a/b/tokens/"}),
+        ("s3://bucket/a", {"driver": "s3", "bucket": "bucket", "path": "a/tokens/"}),
+        ("/data/a b#%", {"driver": "file", "path": "/data/a b#%/tokens/"}),
+    ],
+)
+def test_urls_become_key_value_stores(url, expected):
+    """Says nothing of whether a cloud answers: no test here has a network."""
+    assert layout.kvstore_spec(url, "tokens/") == expected
 
 
 def _writing_process(url: str) -> subprocess.Popen[bytes]:

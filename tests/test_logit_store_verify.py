@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import small_store
 
+from logit_store import ledger, writer
 from logit_store.verify import verify
 from schemas.errors import StoreNotFoundError
 
@@ -55,6 +56,47 @@ def test_any_flipped_bit_of_any_file_is_found(store):
             assert_found(store, path)
         path.write_bytes(raw)
     assert verify(str(store)).ok
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "targets/default/zarr.json"])
+def test_any_flipped_bit_of_a_manifest_is_found_before_there_are_shards(tmp_path, name):
+    """Every byte: also of the seed, which nothing but the manifest knows, and of the software."""
+    store = tmp_path / "store"
+    writer.create_tokens(str(store), small_store.tokens_manifest())
+    writer.create_targets(str(store), "default", small_store.targets_manifest())
+    raw = (store / name).read_bytes()
+    assert verify(str(store)).ok
+    rng = random.Random(0)
+    for offset in range(len(raw)):
+        flipped = bytearray(raw)
+        flipped[offset] ^= 1 << rng.randrange(8)
+        (store / name).write_bytes(flipped)
+        found = {problem.file for problem in verify(str(store)).problems}
+        assert name in found, bytes(flipped)
+
+
+def test_a_record_whose_sums_are_not_its_rows_is_found(store):
+    record = ledger.read_record(str(store), "default", 1)
+    assert record is not None
+    statistics = record.statistics.model_copy(update={"entries": record.statistics.entries + 1})
+    forged = record.model_copy(update={"statistics": statistics}).sealed()
+    (store / "targets/default/ledger/00000001.json").write_bytes(ledger.record_bytes(forged))
+    (problem,) = verify(str(store)).problems
+    assert problem.shard == 1
+    assert "the record's entries is" in problem.what
+
+
+def test_rows_that_break_a_rule_are_found_though_every_checksum_holds(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    small_store.write_tokens(str(store))
+    rows, _ = small_store.target_rows()
+    rows.label_logprob[3, 2] = 1
+    monkeypatch.setattr(small_store, "target_rows", lambda: (rows, {}))
+    monkeypatch.setattr(writer, "check_targets", lambda *_: None)
+    small_store.write_targets(str(store))
+    (problem,) = verify(str(store)).problems
+    assert problem.shard == 1
+    assert "not positive, but row 3" in problem.what
 
 
 @pytest.mark.parametrize("damage", ["cut", "lengthen", "empty"])

@@ -1,6 +1,7 @@
 """A store in the terminal: each view as plain data (for `--json`) and as something to print.
 
-Corpus text is hostile: control characters are shown as signs, and nothing is taken for markup.
+Corpus text, and the names that a manifest or a folder holds, may be hostile: control characters are
+shown as signs, and nothing is taken for markup.
 """
 
 import unicodedata
@@ -25,7 +26,16 @@ _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 
 def visible(text: str) -> str:
     """Text with white space and control characters as signs, safe to print anywhere."""
-    return "".join(_SIGNS.get(c, "�" if unicodedata.category(c)[0] == "C" else c) for c in text)
+    return "".join(_SIGNS.get(c, _harmless(c)) for c in text)
+
+
+def printable(text: str) -> str:
+    """Text with its spaces, but with a sign for each control character, line ends included."""
+    return "".join(_harmless(c) for c in text)
+
+
+def _harmless(character: str) -> str:
+    return "�" if unicodedata.category(character)[0] == "C" else character
 
 
 # inspect
@@ -200,8 +210,7 @@ def show_view(data: dict[str, Any]) -> RenderableType:
                 shown + Text(f"  +{more}" if more > 0 else ""),
             ]
         table.add_row(*row)
-    where = f"{data['store']}: sequence {data['sequence']}"
-    return Group(Text(where, style="bold"), table)
+    return Group(_title(f"{data['store']}: sequence {data['sequence']}"), table)
 
 
 # stats
@@ -228,7 +237,7 @@ def stats_view(data: dict[str, Any]) -> RenderableType:
         table.add_column("max" if percentile == 100 else f"p{percentile}", justify="right")
     for key, found in rows.items():
         table.add_row(key, f"{found.mean:.3f}", *(f"{v:.3f}" for v in found.percentiles.values()))
-    title = Text(f"{data['store']}: targets '{data['targets']}'", style="bold")
+    title = _title(f"{data['store']}: targets '{data['targets']}'")
     return Group(title, table, _sizes(Summary(**data["summary"])))
 
 
@@ -254,16 +263,21 @@ def verify_view(url: str, report: Report) -> RenderableType:
     if report.missing_shards:
         checked += f"; {report.missing_shards} shards are not committed yet"
     if report.ok:
-        return Text(f"{url}: intact ({checked})")
-    lines = [Text(f"{url}: {len(report.problems)} problems ({checked})", style="bold")]
-    return Group(*lines, *(Text(f"  {problem}") for problem in report.problems))
+        return Text(printable(f"{url}: intact ({checked})"))
+    count = len(report.problems)
+    title = _title(f"{url}: {count} problem{'s' if count > 1 else ''} ({checked})")
+    return Group(title, *(Text(f"  {printable(str(problem))}") for problem in report.problems))
+
+
+def _title(text: str) -> Text:
+    return Text(printable(text), style="bold")
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for key, value in rows:
-        table.add_row(Text(f"  {key}"), Text(value))
-    return Group(Text(title, style="bold"), table)
+        table.add_row(Text(f"  {key}"), Text(printable(value)))
+    return Group(_title(title), table)
 
 
 def _sizes(found: Summary) -> RenderableType:
