@@ -261,7 +261,10 @@ def verify_view(url: str, report: Report) -> RenderableType:
     """One line, then one for each problem."""
     checked = f"{report.shards} shards, {report.files} files, {report.bytes:,} bytes"
     if report.missing_shards:
-        checked += f"; {report.missing_shards} shards are not committed yet"
+        one = report.missing_shards == 1
+        checked += (
+            f"; {report.missing_shards} {'shard is' if one else 'shards are'} not committed yet"
+        )
     if report.ok:
         return Text(printable(f"{url}: intact ({checked})"))
     count = len(report.problems)
