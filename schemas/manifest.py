@@ -124,7 +124,7 @@ class TargetsManifest(Document):
     teacher: TeacherInfo
     sampler: SamplerSpec
     weight_code: WeightCode
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**64)
     batch_sequences: int = Field(
         ge=1, description="The teacher's fixed batch: equal bytes are promised for an equal shape."
     )

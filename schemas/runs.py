@@ -49,7 +49,7 @@ class DumpConfig(Document):
     weight_code: WeightCode = Field(
         "log_uint8", description="Width of a stored weight; log_uint16 for sharp teachers."
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     batch_sequences: int = Field(1, ge=1, description="Fixed batch shape of the teacher.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Teacher's arithmetic.")
 
@@ -93,7 +93,9 @@ class TrainConfig(Document):
     )
     steps: int = Field(1000, ge=1)
     batch_sequences: int = Field(8, ge=1, description="Sequences per step over all devices.")
-    seed: int = Field(0, ge=0, description="Of the initialisation and of the order of rows.")
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="Of the initialisation and of the order of rows."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
     loss_chunk_tokens: int = Field(
         1024, ge=1, description="Tokens whose logits exist at once in the loss."
@@ -141,4 +143,6 @@ class QuickstartConfig(Document):
     size: QuickstartSize = Field(
         "small", description="small: the ten-minute run; tiny: a one-minute check of the plumbing."
     )
-    seed: int = Field(0, ge=0, description="Of the students: initialisation and order of rows.")
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="Of the students: initialisation and order of rows."
+    )
