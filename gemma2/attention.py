@@ -98,6 +98,8 @@ def reference(
             allowed &= distance < window
         mask = allowed[None] & (q_segments[:, :, None] == segment_ids[:, None, :])
         scores = scores.reshape(batch, kv_heads, rows, groups, length)
+        # Finite: a query that only fills the last block sees nothing; -inf would give NaN there,
+        # which the backward spreads to keys and values.
         scores = jnp.where(mask[:, None, :, None, :], scores, jnp.float32(-1e30))
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         weights = weights.reshape(-1, rows * groups, length)

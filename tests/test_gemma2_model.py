@@ -70,11 +70,23 @@ def test_query_blocks_change_nothing(monkeypatch, block):
         jax.random.normal(k, (2, 64, heads, 8)) for k, heads in zip(keys, (4, 2, 2), strict=True)
     )
     segments = jnp.repeat(jnp.array([1, 2]), 32)[None].repeat(2, axis=0)
-    whole = attention.reference(query, key, value, segments, cap=5.0, window=9)
+
+    def value_and_gradients():
+        def loss(query, key, value):
+            out = attention.reference(query, key, value, segments, cap=5.0, window=9)
+            return jnp.sum(jnp.sin(out)), out
+
+        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+        (_, out), gradients = run(query, key, value)
+        return out, *gradients
+
+    whole = value_and_gradients()
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
-    blocked = attention.reference(query, key, value, segments, cap=5.0, window=9)
-    assert blocked.shape == whole.shape
-    np.testing.assert_allclose(whole, blocked, atol=1e-6)
+    blocked = value_and_gradients()
+    assert blocked[0].shape == (2, 64, 4, 8)
+    for left, right in zip(whole, blocked, strict=True):
+        assert float(jnp.max(jnp.abs(left))) > 0.1
+        np.testing.assert_allclose(left, right, atol=2e-6)
 
 
 def test_remat_changes_no_gradient(params):
