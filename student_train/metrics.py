@@ -19,7 +19,7 @@ class Metrics:
     """Writes records of a run under its `out` folder; use as a context manager."""
 
     def __init__(self, out: Path, restored_step: int, *, silent: bool = False):
-        """Go on after `restored_step`; 0 starts anew. `silent` (all hosts but one): no writes."""
+        """Continue after `restored_step` (0: start anew). All hosts but one are `silent`."""
         self.path = out / METRICS_FILE
         self._silent = silent
         if silent:
