@@ -277,6 +277,20 @@ def test_a_data_file_that_is_gone_is_an_error_and_not_zeros(store, name):
         targets.rows([0, 3, 4])
 
 
+def test_a_shard_of_nothing_but_zeros_is_stored_and_read(tmp_path):
+    """Padding alone, as the fill value is: a file that is there, or its loss could not be seen."""
+    url = str(tmp_path / "store")
+    writer.create_tokens(url, small_store.tokens_manifest())
+    spec = writer.pending(url, None)[0]
+    zeros = np.zeros((2, small_store.LENGTH), np.int32)
+    record = writer.TokensWriter(url).write(spec, zeros, zeros.astype(np.uint16))
+    assert all((Path(url) / file.key).stat().st_size == file.size_bytes for file in record.files)
+    np.testing.assert_array_equal(reader.TokensReader(url).rows([1, 0]).tokens, zeros)
+    (Path(url) / "segment_ids/c/0/0").unlink()
+    with pytest.raises(CorruptStoreError, match=r"segment_ids in shards \[0\]"):
+        reader.TokensReader(url).rows([0])
+
+
 def test_the_damaged_shard_is_named_however_many_are_read(tmp_path):
     url = str(tmp_path / "store")
     writer.create_tokens(url, small_store.tokens_manifest(num_sequences=12, shard_sequences=1))
