@@ -22,7 +22,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logit_store import layout, ledger, reader, writer
+from logit_store import decode, layout, ledger, reader, writer
 from schemas.errors import (
     AlignmentError,
     ConfigError,
@@ -95,6 +95,21 @@ def test_plain_zarr_reads_the_same_by_the_documented_recipe(store):
     assert used.sum() > 5
 
 
+def test_rows_are_the_same_however_many_are_decoded_at_once(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_SLICE_ROWS", 1)
+    small_store.write_store(str(tmp_path / "again"))
+    assert files(str(tmp_path / "again")) == files(store)
+
+
+def test_a_broken_row_is_named_however_many_are_checked_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_SLICE_ROWS", 1)
+    url = str(tmp_path / "store")
+    small_store.write_tokens(url)
+    writer.create_targets(url, "default", small_store.targets_manifest())
+    with pytest.raises(ValueError, match=r"below the vocabulary size 300.*row 1"):
+        writer.TargetsWriter(url, "default").write(*broken(_id_beyond_vocabulary))
+
+
 def test_zarr_opens_every_array(store):
     group = zarr.open_group(store, mode="r")
     tokens, segments = small_store.token_rows()
@@ -141,6 +156,11 @@ def test_a_store_of_another_config_is_refused_field_by_field(store):
         )
     assert "seed is 0 there and 3 here" in str(error.value)
     assert "weight_code is log_uint8 there and log_uint16 here" in str(error.value)
+    changed = small_store.targets_manifest(seed=3, software={"retort": "99"})
+    with pytest.raises(ManifestMismatchError) as error:
+        writer.create_targets(store, "default", changed)
+    assert "seed is 0" in str(error.value)
+    assert "software" not in str(error.value)
     writer.create_targets(store, "default", small_store.targets_manifest(software={"retort": "99"}))
 
 

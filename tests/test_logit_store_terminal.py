@@ -99,6 +99,19 @@ def test_show_lists_a_positions_entries_by_weight(store):
     assert shown >= 2
 
 
+def test_long_pieces_leave_room_for_the_numbers_and_the_candidates(store):
+    data = terminal.show_data(store, "default", 1, 0, 16, lambda index: "x" * 60)
+    lines = printed(terminal.show_view(data)).splitlines()
+    assert lines[1].split() == ["pos", "token", "nats", "next", "p", "candidates"]
+    text = "\n".join(lines)
+    for item in data["positions"]:
+        assert f"\n{item['position']:3}  xxx" in text
+        if "candidates" in item:
+            assert f"{item['entropy_nats']:.2f}" in text
+            assert f"{item['label_probability']:.3f}" in text
+            assert all(f"{c['weight']:.3f}" in text for c in item["candidates"])
+
+
 def test_show_counts_the_candidates_that_it_leaves_out(store):
     data = terminal.show_data(store, "default", 1, 0, 8, piece)
     item = next(item for item in data["positions"] if "candidates" in item)

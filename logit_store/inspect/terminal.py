@@ -21,6 +21,7 @@ from schemas.manifest import TargetsManifest, TokensManifest
 
 PieceText = Callable[[int], str]
 _CANDIDATES = 6
+_PIECE_CELLS = 14
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 
 
@@ -190,9 +191,11 @@ def _position(
 def show_view(data: dict[str, Any]) -> RenderableType:
     """A row per position: token, entropy, true next token, heaviest candidates."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading, justify in (("pos", "right"), ("token", "left"), ("nats", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("next", no_wrap=True, max_width=14)
+    # Pieces may be of any length, and must leave room for the candidates.
+    table.add_column("pos", justify="right", no_wrap=True)
+    table.add_column("token", no_wrap=True, max_width=_PIECE_CELLS)
+    table.add_column("nats", justify="right", no_wrap=True)
+    table.add_column("next", no_wrap=True, max_width=_PIECE_CELLS)
     table.add_column("p", justify="right", no_wrap=True)
     table.add_column("candidates", overflow="fold")
     for item in data["positions"]:
