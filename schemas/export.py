@@ -7,7 +7,14 @@ from pathlib import Path
 from schemas.base import Document
 from schemas.manifest import LedgerRecord, TargetsManifest, TokensManifest
 from schemas.model import ModelConfig
-from schemas.runs import DumpConfig, EvalConfig, ExportConfig, TokenizeConfig, TrainConfig
+from schemas.runs import (
+    DumpConfig,
+    EvalConfig,
+    ExportConfig,
+    PlanConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
 
 DOCUMENTS: tuple[type[Document], ...] = (
     TokensManifest,
@@ -19,6 +26,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     TrainConfig,
     EvalConfig,
     ExportConfig,
+    PlanConfig,
 )
 
 

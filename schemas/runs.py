@@ -3,13 +3,19 @@
 Every field can be set in a YAML file (`--config`) and overridden by a flag of the same name.
 """
 
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from schemas.accelerators import ACCELERATORS
 from schemas.base import Document
 from schemas.manifest import SamplerSpec, WeightCode
+
+DEFAULT_SEQUENCE_TOKENS = 8192
+DEFAULT_SHARD_SEQUENCES = 256
+MAX_TOKENS = 10**18
 
 
 class CorpusConfig(Document):
@@ -30,8 +36,10 @@ class TokenizeConfig(Document):
     store: str = Field(description="Store to create: a folder, gs://… or s3://….")
     corpus: CorpusConfig
     tokenizer: Path = Field(description="SentencePiece model file.")
-    sequence_tokens: int = Field(8192, ge=2, description="L, tokens per packed sequence.")
-    shard_sequences: int = Field(256, ge=1, description="Sequences per shard.")
+    sequence_tokens: int = Field(
+        DEFAULT_SEQUENCE_TOKENS, ge=2, description="L, tokens per packed sequence."
+    )
+    shard_sequences: int = Field(DEFAULT_SHARD_SEQUENCES, ge=1, description="Sequences per shard.")
     split_bytes: int = Field(
         64 * 2**20, ge=1, description="Input files are grouped into splits of about this size."
     )
@@ -146,3 +154,107 @@ class QuickstartConfig(Document):
     seed: int = Field(
         0, ge=0, lt=2**64, description="Of the students: initialisation and order of rows."
     )
+
+
+def _count(value: Any) -> int:
+    """A whole number that may be written 2e12: YAML and flags give that as text or as a float."""
+    try:
+        exact = Decimal(str(value))
+        is_count = 1 <= exact <= MAX_TOKENS and exact == int(exact)
+    except InvalidOperation:
+        is_count = False
+    if not is_count:
+        raise ValueError(
+            f"must be a whole number from 1 to {MAX_TOKENS:.0e}; write for instance 2e12 or 500e9"
+        )
+    return int(exact)
+
+
+def _not_negative(value: Any) -> Any:
+    if isinstance(value, int | float | str):
+        try:
+            negative = float(value) < 0
+        except ValueError:
+            return value  # no number at all: the field's own type says so
+        if negative:
+            raise ValueError("must be at least 0; give an amount without a sign")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_negative)]
+
+
+class PlanConfig(Document):
+    """What a store and its teacher will cost, before anything is run: `retort plan`."""
+
+    tokens: Count = Field(
+        ge=1, le=MAX_TOKENS, description="Tokens of the corpus, for instance 2e12 or 500e9."
+    )
+    entries: int = Field(
+        SamplerSpec().entries_per_token, ge=1, description="Mean entries per token."
+    )
+    weight_code: WeightCode = Field("log_uint8", description="Width of a stored weight.")
+    teacher: str = Field(
+        "gemma2-27b", description="Preset name, or a YAML or JSON file of a ModelConfig."
+    )
+    sequence_tokens: int = Field(
+        DEFAULT_SEQUENCE_TOKENS, ge=2, description="L, tokens per packed sequence."
+    )
+    shard_sequences: int = Field(DEFAULT_SHARD_SEQUENCES, ge=1, description="Sequences per shard.")
+    bytes_per_token: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Stored bytes of one token, such as `retort inspect` gives for a first part "
+        "of the store; default: measured on a small study.",
+    )
+    accelerator: str = Field("h200", description=f"The teacher's: {', '.join(ACCELERATORS)}.")
+    share_of_peak: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Model FLOP/s of the teacher over the accelerator's peak; default: measured on "
+        "an H200.",
+    )
+    price_per_chip_hour: Price | None = Field(None, description="Dollars.")
+    student: str = Field(
+        "gemma2-2.6b", description="The model that reads the store in training: preset or file."
+    )
+    student_accelerator: str = Field("v5e", description="The student's.")
+    student_chips: int = Field(512, ge=1)
+    student_share_of_peak: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Model FLOP/s of the training step over peak; default: measured on an H200.",
+    )
+    train_tokens_per_second: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Rate of the training run, in place of a student and its chips.",
+    )
+    price_per_gb_month: Price = Field(
+        0.02, description="Dollars for keeping 10^9 bytes for a month."
+    )
+
+    @field_validator("accelerator", "student_accelerator")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ACCELERATORS:
+            raise ValueError(
+                f"must be one of {', '.join(ACCELERATORS)}; for another chip name one of these and "
+                "the share of its peak that yours reaches"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        student = sorted(name for name in self.model_fields_set if name.startswith("student"))
+        if self.train_tokens_per_second is not None and student:
+            raise ValueError(
+                "train_tokens_per_second stands in place of a student and its chips, but "
+                f"{', '.join(student)} is given too; leave out one or the other"
+            )
+        return self
