@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb(verbs.TrainConfig, verbs.train),
     "eval": Verb(verbs.EvalConfig, verbs.evaluate),
     "export": Verb(verbs.ExportConfig, verbs.export),
+    "plan": Verb(verbs.PlanArguments, verbs.plan),
 }
 
 

@@ -13,7 +13,8 @@ from logit_store.inspect import terminal
 from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.verify import verify as verify_store
 from pipelines import dump as dump_pipeline
-from pipelines import progress, runner, training
+from pipelines import plan as planning
+from pipelines import plan_view, progress, runner, training
 from pipelines import quickstart as quickstart_run
 from pipelines import tokenize as tokenize_pipeline
 from schemas.base import Document
@@ -22,6 +23,7 @@ from schemas.runs import (
     DumpConfig,
     EvalConfig,
     ExportConfig,
+    PlanConfig,
     QuickstartConfig,
     TokenizeConfig,
     TrainConfig,
@@ -31,9 +33,16 @@ from teacher_dump.tokenizer import Tokenizer
 EXIT_PROBLEMS = 1
 
 
-class _StoreArguments(Document):
-    store: CliPositionalArg[str] = Field(description="Store: a folder, gs://… or s3://….")
+class _OutputArguments(Document):
     json_output: bool = Field(False, alias="json", description="Print JSON.")
+
+
+class _StoreArguments(_OutputArguments):
+    store: CliPositionalArg[str] = Field(description="Store: a folder, gs://… or s3://….")
+
+
+class PlanArguments(PlanConfig, _OutputArguments):
+    """What a store and its teacher will cost, before anything is run: `retort plan`."""
 
 
 class InspectArguments(_StoreArguments):
@@ -101,6 +110,11 @@ def export(config: ExportConfig, console: Console) -> int:
     return 0
 
 
+def plan(arguments: PlanArguments, console: Console) -> int:
+    found = planning.plan(arguments)
+    return _output(console, arguments, found.as_dict(), lambda: plan_view.view(found))
+
+
 def inspect(arguments: InspectArguments, console: Console) -> int:
     data = terminal.inspect_data(arguments.store)
     return _output(console, arguments, data, lambda: terminal.inspect_view(data))
@@ -136,7 +150,7 @@ def verify(arguments: VerifyArguments, console: Console) -> int:
     return 0 if report.ok else EXIT_PROBLEMS
 
 
-def _output(console: Console, arguments: _StoreArguments, data: dict[str, Any], view: Any) -> int:
+def _output(console: Console, arguments: _OutputArguments, data: dict[str, Any], view: Any) -> int:
     if arguments.json_output:
         print(json.dumps(data))
         return 0
