@@ -350,6 +350,8 @@ def test_json_has_every_figure(capsys):
         ("--accelerator v5e", "at least 4 v5e"),
         ("--share_of_peak 0.25", "given share of peak, teacher 0.250 (--share_of_peak) datasheet"),
         ("--shard_sequences 4096", "4,096 476,969 909 MB 610 MB 236 % 55.5 min"),
+        ("--shard_sequences 16384", "16,384 119,257 3.64 GB 2.44 GB 945 % 3.7 h"),
+        ("--bytes_per_token 1010", "given bytes per token 1.01 kB (--bytes_per_token) measured"),
     ],
 )
 def test_flags_are_seen_in_the_output(capsys, flags, shown):
