@@ -339,7 +339,7 @@ def _assumptions(config: PlanConfig) -> tuple[Assumption, ...]:
             stored.ledger_bytes_per_shard,
             "bytes",
             "measured",
-            "records of one shard of tokens and one of targets, as they are written",
+            "a record of tokens and one of targets, encoded with made-up sums and sizes",
             None,
         ),
         datasheet("accelerator", "peak, teacher", "peak_flops_per_second", "FLOP/s"),
