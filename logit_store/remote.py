@@ -24,7 +24,7 @@ from schemas.errors import (
 
 DRIVERS = {"s3://": "s3", "gs://": "gcs"}
 
-# One for the process, so that credentials and a bucket's region are looked up once.
+# Key-value stores of one context share a driver, and so its credentials, while one is open.
 CONTEXT = ts.Context()
 
 _GCS_URL = "TENSORSTORE_GCS_HTTP_URL"
@@ -35,7 +35,7 @@ _GCS_TOKEN = "GOOGLE_AUTH_TOKEN_FOR_TESTING"
 _FIRST_RETRIES = {"max_retries": 3}
 _FIRST_SECONDS = 60.0
 
-_answered: set[str] = set()
+_answered: dict[str, Any] = {}
 
 # How the messages of TensorStore begin where the cause is not the stored bytes.
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL: Failed to get credentials")
@@ -88,7 +88,7 @@ def _s3_fields() -> dict[str, Any]:
             f"{keys.pop()} is; set the other."
         )
     if keys:
-        # The default chain ends here too, but first prints errors if there is no ~/.aws.
+        # The default chain would find them too, but first prints errors if there is no ~/.aws.
         fields["aws_credentials"] = {"type": "environment"}
     return fields
 
@@ -129,7 +129,8 @@ def first_contact(url: str, spec: dict[str, Any], manifest_key: str) -> None:
                 f"A store's bucket must let you list, read and write, but {url} can be read and "
                 "not listed; ask for the permission to list its objects."
             )
-        _answered.add(known)
+        # Kept open, or every later open would look for credentials again.
+        _answered[known] = ts.KvStore.open(spec, context=CONTEXT).result()
 
 
 def place(store: Any) -> str:

@@ -222,12 +222,12 @@ class Bucket:
     def url(self, path: str) -> str:
         return f"{self.scheme}://{BUCKET}/{path}"
 
-    def call(self, method: str, path: str, body: bytes = b"") -> bytes:
+    def call(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.front.port}{path}",
             data=body if method in ("PUT", "POST") else None,
             method=method,
-            headers=self.headers,
+            headers=self.headers | {name.replace("_", "-"): headers[name] for name in headers},
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.read()

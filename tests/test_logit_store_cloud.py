@@ -72,7 +72,7 @@ def environment(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(remote, "_FIRST_RETRIES", {"max_retries": 2, "initial_delay": "1ms"})
-    monkeypatch.setattr(remote, "_answered", set())
+    monkeypatch.setattr(remote, "_answered", {})
 
 
 def point_at(monkeypatch, scheme: str, url: str) -> None:
@@ -425,7 +425,7 @@ def test_a_bucket_that_can_be_read_but_not_listed_is_refused(gs, path, monkeypat
     """Google's driver gives no keys then, and a store without records would be written anew."""
     point_at(monkeypatch, "gs", gs.front.url)
     small_store.write_tokens(gs.url(path))
-    monkeypatch.setattr(remote, "_answered", set())
+    monkeypatch.setattr(remote, "_answered", {})
     pass_on = gs.front.pass_on
     refusal = (403, [], REFUSALS["gs"])
     is_listing = lambda call: call.path.partition("?")[0].endswith("/o")  # noqa: E731
@@ -537,6 +537,22 @@ def test_without_credentials_a_request_is_anonymous_and_the_refusal_says_so(
     assert "refuses access to s3://retort (PERMISSION_DENIED" in sentence
     assert "AWS_ACCESS_KEY_ID is not set; a profile or a role, if any, is used" in sentence
     assert "authorization" not in s3.front.requests[-1].headers
+
+
+def test_a_process_does_not_look_for_credentials_at_every_open(s3, path, monkeypatch):
+    point_at(monkeypatch, "s3", s3.front.url)
+    small_store.write_tokens(s3.url(path))
+    s3.call("PUT", s3.path(f"{path}/zarr.json") + "?acl", x_amz_acl="public-read")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    code = (
+        "import sys\nfrom logit_store import layout\n"
+        "for group in 'abcdefgh':\n"
+        "    layout.list_keys(layout.open_kvstore(sys.argv[1], f'{group}/'))\n"
+    )
+    command = [sys.executable, "-c", code, s3.url(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert 1 <= printed.count("Default chain credentials provider failed") <= 2
 
 
 def test_an_answer_that_no_rule_foresees_is_passed_on(bucket, path):
