@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from logit_store import remote
 from logit_store.codec import code_dtype
 from schemas.base import canonical_json
 from schemas.errors import (
     ConfigError,
     CorruptStoreError,
     FormatVersionError,
+    StorageError,
     StoreNotFoundError,
 )
 from schemas.manifest import (
@@ -157,11 +159,9 @@ def ledger_key(index: int) -> str:
 
 def kvstore_spec(url: str, path: str = "") -> dict[str, Any]:
     """TensorStore's spec for `path` (empty, or ending in a slash) under a store's URL."""
-    for scheme, driver in (("gs://", "gcs"), ("s3://", "s3")):
-        if url.startswith(scheme):
-            bucket, _, prefix = url.removeprefix(scheme).partition("/")
-            prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-            return {"driver": driver, "bucket": bucket, "path": prefix + path}
+    spec = remote.bucket_spec(url, path)
+    if spec is not None:
+        return spec
     if "://" in url:
         raise ConfigError(
             f"A store must be a local folder, gs://… or s3://…, but it is {url}; use one of these."
@@ -171,7 +171,10 @@ def kvstore_spec(url: str, path: str = "") -> dict[str, Any]:
 
 def open_kvstore(url: str, path: str = "") -> Any:
     """A tensorstore.KvStore on `path` (empty, or ending in a slash) under the store."""
-    return ts.KvStore.open(kvstore_spec(url, path)).result()
+    spec = kvstore_spec(url, path)
+    if spec["driver"] != "file":
+        remote.first_contact(url, kvstore_spec(url), GROUP_KEY)
+    return ts.KvStore.open(spec, context=remote.CONTEXT).result()
 
 
 def open_array(url: str, group: str, spec: ArraySpec) -> Any:
@@ -189,10 +192,12 @@ def open_array(url: str, group: str, spec: ArraySpec) -> Any:
                 "store_data_equal_to_fill_value": True,
                 "fill_missing_data_reads": False,
             },
+            context=remote.CONTEXT,
             open=True,
             create=False,
         ).result()
     except (ValueError, OSError) as error:
+        remote.raise_if_unanswered(url, error)
         raise CorruptStoreError(
             f"Array metadata must be as the manifest implies, but {group}{spec.name}/zarr.json of "
             f"{url} is not: {error}"
@@ -260,16 +265,23 @@ def read_manifest(url: str, name: str | None) -> Manifest:
 
 def read_bytes(store: Any, key: str) -> bytes | None:
     """An object's bytes, or None if there is none."""
-    result = store.read(key).result()
+    with remote.explained(store):
+        result = store.read(key).result()
     return result.value if result.state == "value" else None
 
 
 def write_new(store: Any, key: str, data: bytes) -> bytes:
     """Write an object unless it exists, atomically; returns the bytes that are stored then."""
-    found = store.read(key).result()
-    if found.state == "missing":
-        store.write(key, data, if_equal=found.stamp.generation).result()
+    with remote.explained(store):
         found = store.read(key).result()
+        if found.state == "missing":
+            store.write(key, data, if_equal=found.stamp.generation).result()
+            found = store.read(key).result()
+    if found.state == "missing":
+        raise StorageError(
+            f"An object that was written must be there, but {key} of {remote.place(store)} is not; "
+            "check the bucket and run again."
+        )
     return found.value
 
 
@@ -308,7 +320,12 @@ def _sweep_lock(path: Path) -> bool:
 
 def list_keys(store: Any) -> list[str]:
     """All keys under a key-value store, sorted."""
-    return sorted(key.decode() for key in store.list().result())
+    with remote.explained(store):
+        keys = store.list().result()
+        if not keys:
+            # The gcs driver takes a refused listing for an empty one; it refuses a read aloud.
+            store.read(GROUP_KEY).result()
+    return sorted(key.decode() for key in keys)
 
 
 def list_targets(url: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from logit_store import layout, ledger
+from logit_store import layout, ledger, remote
 from logit_store.decode import TargetRows, decode_entries
 from logit_store.layout import list_targets
 from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
@@ -82,6 +82,7 @@ class _Rows:
             try:
                 found[name] = read.result()
             except (ValueError, OSError) as error:
+                remote.raise_if_unanswered(self.url, error)
                 raise self._damage(name, index, error) from error
         return found
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from logit_store import layout, ledger
+from logit_store import layout, ledger, remote
 from logit_store.decode import (
     TargetRows,
     check_targets,
@@ -155,8 +155,9 @@ class _ShardWriter:
             )
             for name, values in columns.items()
         ]
-        for write in writes:
-            write.result()
+        with remote.explained(self._url):
+            for write in writes:
+                write.result()
         record = LedgerRecord(
             spec=spec,
             tokens_sha256=tokens_sha256,

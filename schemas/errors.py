@@ -26,6 +26,10 @@ class StoreNotFoundError(RetortError, FileNotFoundError):
     """There is no store, or no such set of targets, at the path that was given."""
 
 
+class StorageError(RetortError, OSError):
+    """The disk or bucket under a store cannot be reached, refuses access or fails a request."""
+
+
 class CorruptStoreError(RetortError, OSError):
     """Stored bytes disagree with their checksum, their ledger record or their manifest."""
 
