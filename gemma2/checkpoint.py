@@ -109,6 +109,16 @@ def load(folder: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
     return config, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
+def load_embedding(folder: str | Path) -> np.ndarray:
+    """The embedding [V, D] alone, as stored. Raises CheckpointError."""
+    config = load_config(folder)
+    [(name, transposed)] = _names(config)[("embedding",)]
+    files = _tensor_files(Path(folder))
+    if name not in files:
+        raise CheckpointError(f"A checkpoint must hold {name}, but {folder} lacks it; restore it.")
+    return _read(files[name], name, (config.vocab_size, config.d_model), transposed)
+
+
 def load_config(folder: str | Path) -> ModelConfig:
     """The configuration of a checkpoint. Raises CheckpointError if it is not a Gemma 2."""
     path = Path(folder) / CONFIG_FILE

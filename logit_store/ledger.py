@@ -1,95 +1,360 @@
-"""The ledger: one small record per committed shard, written after its data and never changed.
+"""The ledger: which shards of a group are whole, and what they hold.
 
-A shard counts only once its record exists, so a reader never meets half a shard and a writer that
-was killed leaves nothing that is taken for data.
+Three kinds of object, each written once. A *record* proves one shard; its writer commits it after
+the shard's data, so that a reader never meets half a shard and a writer that was killed leaves
+nothing that is taken for data. A *segment* holds the records of SEGMENT_SHARDS consecutive shards,
+and replaces them; the *summary* says that every shard is there, with their sums. Both are written
+by the driver alone: they keep opening a store as cheap at a million shards as at ten.
 """
 
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 from pydantic import ValidationError
 
-from logit_store import layout
+from logit_store import layout, storage
 from schemas.errors import CorruptStoreError
-from schemas.manifest import LedgerRecord, Manifest, ShardSpec, identity
+from schemas.manifest import (
+    SEGMENT_SHARDS,
+    LedgerRecord,
+    LedgerSummary,
+    Manifest,
+    ShardSpec,
+    ShardStatistics,
+    identity,
+)
+
+_SUMMARY_KEY = "summary.json"
+# Records that are read or deleted at once.
+_AT_ONCE = 256
 
 
 def plan_shards(manifest: Manifest) -> list[ShardSpec]:
     """A spec for every shard, in order."""
-    fingerprint = identity(manifest)
+    return [shard_spec(manifest, index) for index in range(manifest.num_shards)]
+
+
+def shard_spec(manifest: Manifest, index: int) -> ShardSpec:
+    """The rows of shard `index`."""
     rows, step = manifest.num_sequences, manifest.shard_sequences
-    return [
-        ShardSpec(
-            manifest_fingerprint=fingerprint,
-            index=index,
-            first_row=index * step,
-            stop_row=min((index + 1) * step, rows),
-        )
-        for index in range(manifest.num_shards)
-    ]
+    return ShardSpec(
+        manifest_fingerprint=identity(manifest),
+        index=index,
+        first_row=index * step,
+        stop_row=min((index + 1) * step, rows),
+    )
 
 
-def committed_indices(url: str, name: str | None) -> set[int]:
-    """Indices of the shards that have a record; one listing, no reads."""
-    keys = layout.list_keys(layout.open_kvstore(url, layout.group_path(name) + layout.LEDGER))
-    return {int(key.removesuffix(".json")) for key in keys if _is_record_key(key)}
+def record_key(index: int) -> str:
+    """Key of a shard's record, relative to the ledger's folder."""
+    return f"{index:08d}.json"
 
 
-def pending(url: str, name: str | None) -> list[ShardSpec]:
-    """The shards that have no record yet."""
-    done = committed_indices(url, name)
-    return [spec for spec in plan_shards(layout.read_manifest(url, name)) if spec.index not in done]
+def segment_key(number: int) -> str:
+    """Key of a segment, relative to the ledger's folder."""
+    return f"segment-{number:06d}.jsonl"
 
 
-def read_record(url: str, name: str | None, index: int) -> LedgerRecord | None:
-    """A shard's record, or None. Raises CorruptStoreError if it fails its own checksum."""
-    path = layout.group_path(name)
-    key = layout.ledger_key(index)
-    raw = layout.read_bytes(layout.open_kvstore(url, path), key)
-    if raw is None:
+def record_bytes(record: LedgerRecord) -> bytes:
+    """The exact bytes of a stored record, and of its line in a segment."""
+    return (record.canonical_json() + "\n").encode()
+
+
+class Ledger:
+    """The ledger of a store's tokens (name None) or of one set of targets."""
+
+    def __init__(self, url: str, name: str | None, manifest: Manifest):
+        self._url, self._path = url, layout.group_path(name) + layout.LEDGER
+        self._manifest = manifest
+        self._store = storage.open_kvstore(url, self._path)
+
+    @property
+    def _num_segments(self) -> int:
+        return -(-self._manifest.num_shards // SEGMENT_SHARDS)
+
+    def _span(self, number: int) -> range:
+        first = number * SEGMENT_SHARDS
+        return range(first, min(first + SEGMENT_SHARDS, self._manifest.num_shards))
+
+    # Reading
+
+    def summary(self) -> LedgerSummary | None:
+        """The summary of a finished group, or None. Raises CorruptStoreError."""
+        raw = storage.read_bytes(self._store, _SUMMARY_KEY)
+        if raw is None:
+            return None
+        try:
+            found = LedgerSummary.model_validate_json(raw)
+            intact = found.is_intact() and _summary_bytes(found) == raw
+        except (ValidationError, UnicodeDecodeError):
+            intact = False
+        if not intact or found.manifest_fingerprint != identity(self._manifest):
+            raise CorruptStoreError(
+                f"A ledger's summary must match its checksum and its manifest, but "
+                f"{self._path}{_SUMMARY_KEY} of {self._url} does not; run `retort repair "
+                f"{self._url}`."
+            )
+        return found
+
+    def committed(self) -> np.ndarray:
+        """bool [num_shards], True for a shard that is whole; one listing at most, no records."""
+        if self.summary() is not None:
+            return np.ones(self._manifest.num_shards, bool)
+        mask = np.zeros(self._manifest.num_shards, bool)
+        records, segments = self._list()
+        mask[sorted(records)] = True
+        for number in segments:
+            mask[self._span(number)] = True
+        return mask
+
+    def pending(self) -> list[ShardSpec]:
+        """The shards that are not whole yet."""
+        missing = np.flatnonzero(~self.committed())
+        return [shard_spec(self._manifest, int(index)) for index in missing]
+
+    def record(self, index: int) -> LedgerRecord | None:
+        """A shard's record, or None. Raises CorruptStoreError if it fails its own checksum."""
+        raw = storage.read_bytes(self._store, record_key(index))
+        if raw is not None:
+            return self.parse(raw, index, record_key(index))
+        number = index // SEGMENT_SHARDS
+        lines = self._segment_lines(number)
+        if lines is None:
+            return None
+        return self.parse(lines[index - self._span(number)[0]], index, segment_key(number))
+
+    def records(self) -> Iterator[LedgerRecord]:
+        """Every committed shard's record, in order, a segment's worth in memory at a time."""
+        for index, key, raw in self.lines():
+            yield self.parse(raw, index, key)
+
+    def lines(self) -> Iterator[tuple[int, str, bytes]]:
+        """(index, key, bytes) of every committed shard's record, in order and not yet parsed.
+
+        Keys are relative to the store. Of a segment that is torn, each shard has empty bytes.
+        """
+        loose, segments = self._list()
+        for number in range(self._num_segments):
+            span = self._span(number)
+            if number in segments:
+                try:
+                    lines = self._segment_lines(number) or [b""] * len(span)
+                except CorruptStoreError:
+                    lines = [b""] * len(span)
+                for index, line in zip(span, lines, strict=True):
+                    yield index, self._path + segment_key(number), line
+            else:
+                for index, raw in self._read_records([index for index in span if index in loose]):
+                    yield index, self._path + record_key(index), raw
+
+    def superseded(self) -> list[tuple[int, str]]:
+        """Shards and keys of records that lie beside the segment that replaces them."""
+        loose, segments = self._list()
+        return [
+            (index, self._path + record_key(index))
+            for index in sorted(loose)
+            if index // SEGMENT_SHARDS in segments
+        ]
+
+    def superseded_fault(self, index: int) -> str | None:
+        """How a shard's own record differs from that in its segment, or None."""
+        try:
+            self._check_superseded(index // SEGMENT_SHARDS, [index])
+        except CorruptStoreError as error:
+            return str(error)
         return None
-    try:
-        record = LedgerRecord.model_validate_json(raw)
-        # Byte for byte, so that not even white space can change unseen.
-        intact = record.is_intact() and record_bytes(record) == raw
-    except (ValidationError, UnicodeDecodeError):
-        intact = False
-    if not intact:
-        raise CorruptStoreError(
-            f"A ledger record must match its own checksum, but {path}{key} of {url} does not; "
-            f"delete it and shard {index} is computed again."
+
+    def is_compacted(self) -> bool:
+        """Whether every segment is there, so that only the summary can be missing."""
+        return len(self._list()[1]) == self._num_segments
+
+    @property
+    def summary_key(self) -> str:
+        """Relative to the store."""
+        return self._path + _SUMMARY_KEY
+
+    def segment_key_of(self, index: int) -> str:
+        """Key of the segment that holds, or will hold, a shard's record; relative to the store."""
+        return self._path + segment_key(index // SEGMENT_SHARDS)
+
+    def keys(self) -> list[str]:
+        """Every key that a ledger of this manifest may have, relative to the store."""
+        records = [record_key(index) for index in range(self._manifest.num_shards)]
+        segments = [segment_key(number) for number in range(self._num_segments)]
+        return [self._path + key for key in (*records, *segments, _SUMMARY_KEY)]
+
+    def sum_up(self) -> LedgerSummary:
+        """What the summary of these records is. Raises CorruptStoreError for a damaged record."""
+        statistics = ShardStatistics(tokens=0)
+        array_bytes: dict[str, int] = {}
+        record_total = 0
+        for record in self.records():
+            statistics = statistics.plus(record.statistics)
+            record_total += len(record_bytes(record))
+            for file in record.files:
+                array = file.key.split("/")[0]
+                array_bytes[array] = array_bytes.get(array, 0) + file.size_bytes
+        segments = [
+            storage.read_bytes(self._store, segment_key(n)) for n in range(self._num_segments)
+        ]
+        return LedgerSummary(
+            manifest_fingerprint=identity(self._manifest),
+            num_shards=self._manifest.num_shards,
+            segments_sha256=tuple(hashlib.sha256(raw or b"").hexdigest() for raw in segments),
+            statistics=statistics,
+            array_bytes=array_bytes,
+            record_bytes=record_total,
+        ).sealed()
+
+    # Writing
+
+    def commit(self, record: LedgerRecord) -> LedgerRecord:
+        """Write a record; the caller has written and read back all its data before.
+
+        If another writer was first, its record stands and is returned. Raises CorruptStoreError if
+        it vouches for other bytes: then the two have overwritten each other's data.
+        """
+        sealed = record.sealed()
+        index = sealed.spec.index
+        first = self.record(index)
+        if first is None:
+            storage.write_new(self._store, record_key(index), record_bytes(sealed))
+            first = self.record(index)
+        if first is None or _data(first) != _data(sealed):
+            raise CorruptStoreError(
+                f"Writers of one shard must produce equal bytes, but two of shard {index} of "
+                f"{self._url} did not; use one kind of hardware, and run `retort repair "
+                f"{self._url}`."
+            )
+        return first
+
+    def compact(self) -> int:
+        """Put full runs of records into segments; once all are, write the summary.
+
+        For the driver alone. Returns the number of shards committed. Interrupted at any point it
+        leaves a ledger that says the same, and the next call goes on.
+        """
+        if self.summary() is not None:
+            return self._manifest.num_shards
+        loose, segments = self._list()
+        for number in range(self._num_segments):
+            span = self._span(number)
+            there = [index for index in span if index in loose]
+            if number not in segments and len(there) == len(span):
+                found = [self.parse(raw, i, record_key(i)) for i, raw in self._read_records(there)]
+                lines = b"".join(record_bytes(record) for record in found)
+                storage.write_new(self._store, segment_key(number), lines)
+                segments.add(number)
+            if number in segments and there:
+                # Only after the segment is there: at every moment each record exists somewhere.
+                self._check_superseded(number, there)
+                self._delete([record_key(index) for index in there])
+        if len(segments) == self._num_segments:
+            storage.write_new(self._store, _SUMMARY_KEY, _summary_bytes(self.sum_up()))
+        return sum(len(self._span(number)) for number in segments) + sum(
+            index // SEGMENT_SHARDS not in segments for index in loose
         )
-    return record
 
+    def withdraw(self, indices: Iterable[int]) -> None:
+        """Take back the records of some shards, which then count as not written. Driver only.
 
-def read_committed(url: str, name: str | None) -> dict[int, LedgerRecord]:
-    """Every committed shard's record by index."""
-    records = {}
-    for index in sorted(committed_indices(url, name)):
-        record = read_record(url, name, index)
-        if record is not None:
-            records[index] = record
-    return records
+        The summary goes first and a segment last, so that what is interrupted withdraws nothing
+        but what was asked for. A segment that is torn is only deleted: withdraw all of its shards.
+        """
+        wanted = set(indices)
+        self._delete([_SUMMARY_KEY])
+        for number in sorted({index // SEGMENT_SHARDS for index in wanted}):
+            try:
+                lines = self._segment_lines(number) or []
+            except CorruptStoreError:
+                lines = []
+            for index, line in zip(self._span(number), lines, strict=False):
+                if index not in wanted:
+                    storage.write_new(self._store, record_key(index), line)
+            self._delete([segment_key(number)])
+        self._delete([record_key(index) for index in sorted(wanted)])
 
+    # Parts
 
-def commit(url: str, name: str | None, record: LedgerRecord) -> LedgerRecord:
-    """Write a record; the caller has written and read back all its data before.
-
-    If another writer was first, its record stands and is returned. Raises CorruptStoreError if it
-    vouches for other bytes: then the two have overwritten each other's data.
-    """
-    sealed = record.sealed()
-    index = sealed.spec.index
-    store = layout.open_kvstore(url, layout.group_path(name))
-    if layout.write_new(store, layout.ledger_key(index), record_bytes(sealed)) == record_bytes(
-        sealed
-    ):
-        return sealed
-    first = read_record(url, name, index)
-    if first is None or _data(first) != _data(sealed):
-        key = layout.group_path(name) + layout.ledger_key(index)
-        raise CorruptStoreError(
-            f"Writers of one shard must produce equal bytes, but two of shard {index} of {url} did "
-            f"not; use one kind of hardware, delete {key} and run again."
+    def _list(self) -> tuple[set[int], set[int]]:
+        """Indices of the shards with a record of their own, and numbers of the segments."""
+        records, segments = set(), set()
+        for key in storage.list_keys(self._store):
+            if (found := re.fullmatch(r"(\d{8,})\.json", key)) is not None:
+                records.add(int(found[1]))
+            elif (found := re.fullmatch(r"segment-(\d{6,})\.jsonl", key)) is not None:
+                segments.add(int(found[1]))
+        shards = self._manifest.num_shards
+        return (
+            {index for index in records if index < shards},
+            {number for number in segments if number < self._num_segments},
         )
-    return first
+
+    def _segment_lines(self, number: int) -> list[bytes] | None:
+        raw = storage.read_bytes(self._store, segment_key(number))
+        if raw is None:
+            return None
+        lines = raw.splitlines(keepends=True)
+        if len(lines) != len(self._span(number)):
+            raise CorruptStoreError(
+                f"A ledger segment must hold a line for each of its {len(self._span(number))} "
+                f"shards, but {self._path}{segment_key(number)} of {self._url} holds {len(lines)}; "
+                f"run `retort repair {self._url}`."
+            )
+        return lines
+
+    def _read_records(self, indices: list[int]) -> Iterator[tuple[int, bytes]]:
+        for start in range(0, len(indices), _AT_ONCE):
+            some = indices[start : start + _AT_ONCE]
+            reads = [self._store.read(record_key(index)) for index in some]
+            for index, read in zip(some, reads, strict=True):
+                result = read.result()
+                if result.state == "value":
+                    yield index, result.value
+
+    def parse(self, raw: bytes, index: int, key: str) -> LedgerRecord:
+        """The record in these bytes. Raises CorruptStoreError unless whole and in its place."""
+        try:
+            record = LedgerRecord.model_validate_json(raw)
+            # Byte for byte, so that not even white space can change unseen.
+            intact = record.is_intact() and record_bytes(record) == raw
+        except (ValidationError, UnicodeDecodeError):
+            intact = False
+        if not intact:
+            raise CorruptStoreError(
+                f"A ledger record must match its own checksum, but that of shard {index} in "
+                f"{self._path}{key} of {self._url} does not; run `retort repair {self._url}`."
+            )
+        if record.spec.index != index:
+            raise CorruptStoreError(
+                f"A ledger record must be of the shard that its place says, but {self._path}{key} "
+                f"of {self._url} holds shard {record.spec.index} in the place of {index}; run "
+                f"`retort repair {self._url}`."
+            )
+        return record
+
+    def _check_superseded(self, number: int, indices: list[int]) -> None:
+        """Raise CorruptStoreError unless these shards' own records say what their segment says."""
+        lines = self._segment_lines(number)
+        if lines is None:
+            return
+        first = self._span(number)[0]
+        for index, raw in self._read_records(indices):
+            kept = self.parse(lines[index - first], index, segment_key(number))
+            if _data(self.parse(raw, index, record_key(index))) != _data(kept):
+                raise CorruptStoreError(
+                    f"Writers of one shard must produce equal bytes, but two of shard {index} of "
+                    f"{self._url} did not; use one kind of hardware, and run `retort repair "
+                    f"{self._url}`."
+                )
+
+    def _delete(self, keys: list[str]) -> None:
+        for start in range(0, len(keys), _AT_ONCE):
+            writes = [self._store.write(key, None) for key in keys[start : start + _AT_ONCE]]
+            for write in writes:
+                write.result()
 
 
 def _data(record: LedgerRecord) -> tuple[object, ...]:
@@ -97,10 +362,5 @@ def _data(record: LedgerRecord) -> tuple[object, ...]:
     return record.spec, record.tokens_sha256, record.files
 
 
-def record_bytes(record: LedgerRecord) -> bytes:
-    """The exact bytes of a stored record."""
-    return (record.canonical_json() + "\n").encode()
-
-
-def _is_record_key(key: str) -> bool:
-    return key.endswith(".json") and key.removesuffix(".json").isdigit()
+def _summary_bytes(summary: LedgerSummary) -> bytes:
+    return (summary.canonical_json() + "\n").encode()

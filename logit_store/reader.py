@@ -1,19 +1,23 @@
-"""Reads committed rows. Rows are found by arithmetic; nothing is listed but the ledger.
+"""Reads committed rows. Rows are found by arithmetic; of a finished store nothing is listed.
 
-A reader sees what was committed when it was opened, or when `refresh` was last called.
+A reader sees what was committed when it was opened, or when `refresh` was last called. Its memory
+is that of the rows asked for, twice (as stored and decoded), and a few megabytes of tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
-from logit_store import layout, ledger, remote
-from logit_store.decode import TargetRows, decode_entries
-from logit_store.layout import list_targets
+from logit_store import codec, layout, manifests, remote, storage
+from logit_store.codec import Vocabulary
+from logit_store.ledger import Ledger
+from logit_store.manifests import list_targets
+from logit_store.rows import TargetRows, decode_entries
 from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
-from schemas.manifest import LedgerRecord, Manifest, TargetsManifest, TokensManifest, identity
+from schemas.manifest import Manifest, TargetsManifest, TokensManifest, identity
 
 __all__ = ["TargetBatch", "TargetsReader", "TokenRows", "TokensReader", "list_targets"]
 
@@ -30,17 +34,20 @@ class TokenRows:
 class TargetBatch:
     """Rows as the trainer uses them; E entry slots a row, -1 and weight 0 where unused.
 
-    tokens, segment_ids, entry_count int32 [R, L]; entry_id, entry_position int32 [R, E];
-    entry_weight float32 [R, E]; teacher_entropy, label_logprob float32 [R, L] in nats. The entries
-    of position t are the target for token t + 1.
+    tokens, segment_ids int32 [R, L]; entry_id int32 [R, E]; entry_weight float32 [R, E]; head_count
+    and tail_count uint16 [R, L], the entries of each position, which are the target for the next
+    token; teacher_entropy, label_logprob float32 [R, L] in nats. Block b owns slots
+    [b K, (b + 1) K): its heads, then its tails, each by position; `codec.entry_positions` gives the
+    position of each. An id equal to the vocabulary's size, which only top_k stores, stands for all
+    ids without an entry.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
-    entry_count: np.ndarray
     entry_id: np.ndarray
-    entry_position: np.ndarray
     entry_weight: np.ndarray
+    head_count: np.ndarray
+    tail_count: np.ndarray
     teacher_entropy: np.ndarray
     label_logprob: np.ndarray
 
@@ -51,40 +58,52 @@ class _Rows:
     def __init__(self, url: str, name: str | None):
         self.url = url
         self._name = name
-        self._manifest: Manifest = layout.read_manifest(url, name)
+        self._manifest: Manifest = manifests.read_manifest(url, name)
+        self.ledger = Ledger(url, name, self._manifest)
         self._arrays: dict[str, Any] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at which shards are committed."""
-        self.committed: frozenset[int] = frozenset(ledger.committed_indices(self.url, self._name))
-
-    def records(self) -> dict[int, LedgerRecord]:
-        """The ledger records of all committed shards."""
-        return ledger.read_committed(self.url, self._name)
+        """Look again at which shards are committed: bool [num_shards]."""
+        self.committed: np.ndarray = self.ledger.committed()
 
     def columns(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Every array's stored values for `rows`, in their order; all are fetched at once.
+        """Every array's stored values for `rows`, in their order.
 
         Raises IndexError for what is no row, IncompleteStoreError for rows not committed and
         CorruptStoreError for bytes that are damaged or missing.
         """
+        return self.request(rows)()
+
+    def request(self, rows: Sequence[int] | np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
+        """Ask for rows of all arrays at once; what is returned waits for them, as `columns`."""
         index = self._index(rows)
         if not self._arrays:
             group = layout.group_path(self._name)
             self._arrays = {
-                name: layout.open_array(self.url, group, spec)
-                for name, spec in layout.arrays(self._manifest).items()
+                name: storage.open_array(self.url, group, spec)
+                for name, spec in layout.row_arrays(self._manifest).items()
             }
-        reads = {name: array[index].read() for name, array in self._arrays.items()}
-        found = {}
-        for name, read in reads.items():
-            try:
-                found[name] = read.result()
-            except (ValueError, OSError) as error:
-                remote.raise_if_unanswered(self.url, error)
-                raise self._damage(name, index, error) from error
-        return found
+        distinct, place = np.unique(index, return_inverse=True)
+        # TensorStore copies rows that are asked for twice value by value, six times slower.
+        repeats = len(distinct) < len(index)
+        wanted = distinct if repeats else index
+        # Together, so that arrays that share a request make one.
+        with ts.Batch() as batch:
+            reads = {name: a[wanted].read(batch=batch) for name, a in self._arrays.items()}
+
+        def wait() -> dict[str, np.ndarray]:
+            found = {}
+            for name, read in reads.items():
+                try:
+                    values = read.result()
+                except (ValueError, OSError) as error:
+                    remote.raise_if_unanswered(self.url, error)
+                    raise self._damage(name, distinct, error) from error
+                found[name] = values[place] if repeats else values
+            return found
+
+        return wait
 
     def _index(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """int64 [R], all of them committed rows."""
@@ -97,7 +116,7 @@ class _Rows:
                 f"{given.tolist()[:8]}."
             )
         shards = index // self._manifest.shard_sequences
-        is_missing = ~np.isin(shards, list(self.committed))
+        is_missing = ~self.committed[shards]
         if is_missing.any():
             what = "tokens" if self._name is None else f"targets '{self._name}'"
             raise IncompleteStoreError(
@@ -153,6 +172,7 @@ class TargetsReader(_Rows):
 
     def __init__(self, url: str, name: str):
         super().__init__(url, name)
+        self.vocabulary = read_vocabulary(url, name, self.manifest)
         self.tokens = TokensReader(url)
         found = identity(self.tokens.manifest)
         if self.manifest.tokens_fingerprint != found:
@@ -170,21 +190,71 @@ class TargetsReader(_Rows):
         """The columns as they are stored, undecoded."""
         return TargetRows(**self.columns(rows))
 
-    def rows(self, rows: Sequence[int] | np.ndarray) -> TargetBatch:
-        """Decoded targets of the given rows, in their order."""
-        tokens = self.tokens.rows(rows)
-        stored = self.stored(rows)
-        entries = decode_entries(self.manifest, stored)
-        return TargetBatch(
-            tokens=tokens.tokens,
-            segment_ids=tokens.segment_ids,
-            entry_count=stored.entry_count.astype(np.int32),
-            entry_id=entries.entry_id,
-            entry_position=entries.entry_position,
-            entry_weight=entries.entry_weight,
-            teacher_entropy=stored.teacher_entropy.astype(np.float32),
-            label_logprob=stored.label_logprob.astype(np.float32),
+    def positions(self, batch: TargetBatch) -> np.ndarray:
+        """int32 [R, E]: the position of each entry, and of an unused slot its block's last."""
+        sampler = self.manifest.sampler
+        return codec.entry_positions(
+            batch.head_count, batch.tail_count, sampler.block_tokens, sampler.slots_per_block
         )
+
+    def rows(self, rows: Sequence[int] | np.ndarray) -> TargetBatch:
+        """Decoded targets of the given rows, in their order. Raises as `columns` does."""
+        # Both are on their way before either is waited for.
+        tokens_read, read = self.tokens.request(rows), self.request(rows)
+        tokens, stored = tokens_read(), TargetRows(**read())
+        segment_ids = tokens["segment_ids"]
+        try:
+            entries = decode_entries(self.manifest, self.vocabulary, segment_ids, stored)
+        except CorruptStoreError as error:
+            raise CorruptStoreError(
+                f"{error} Rows {_few(np.asarray(rows))} of {self.url}."
+            ) from error
+        return TargetBatch(
+            tokens=tokens["tokens"],
+            segment_ids=segment_ids.astype(np.int32),
+            entry_id=entries.entry_id,
+            entry_weight=entries.entry_weight,
+            head_count=entries.head_count,
+            tail_count=entries.tail_count,
+            teacher_entropy=codec.decode_nats(stored.teacher_nats[:, 0]),
+            label_logprob=-codec.decode_nats(stored.teacher_nats[:, 1]),
+        )
+
+
+def read_vocabulary(url: str, name: str, manifest: TargetsManifest) -> Vocabulary:
+    """The tables of a set of targets. Raises CorruptStoreError unless they are the manifest's."""
+    tables = {
+        table: read_table(url, name, manifest, table)
+        for table in ("vocabulary_order", "bucket_bits")
+    }
+    vocabulary = Vocabulary(tables["vocabulary_order"], tables["bucket_bits"])
+    what = vocabulary.fault(manifest.teacher.vocab_size)
+    if what is not None:
+        raise CorruptStoreError(
+            f"A vocabulary's tables must fit each other, but of targets '{name}' of {url} {what}; "
+            "make the targets again."
+        )
+    return vocabulary
+
+
+def read_table(url: str, name: str, manifest: TargetsManifest, table: str) -> np.ndarray:
+    """One table of a set of targets. Raises CorruptStoreError unless it is the manifest's."""
+    path = layout.group_path(name)
+    spec = layout.table_arrays(manifest)[table]
+    try:
+        values = storage.open_array(url, path, spec).read().result()
+    except (ValueError, OSError) as error:
+        remote.raise_if_unanswered(url, error)
+        raise CorruptStoreError(
+            f"Stored bytes must be there and match their checksums, but those of {path}{table} of "
+            f"{url} do not ({str(error).splitlines()[0]}); run `retort repair {url}`."
+        ) from error
+    if layout.table_digest(values) != layout.table_digests(manifest)[table]:
+        raise CorruptStoreError(
+            f"A vocabulary's table must be the manifest's, but {path}{table} of {url} is another; "
+            f"run `retort repair {url}`."
+        )
+    return values
 
 
 def check_tokenizer(manifest: TokensManifest, sha256: str, vocab_size: int) -> None:

@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 from logit_store import layout
 from schemas.manifest import (
+    SEGMENT_SHARDS,
+    CorpusSummary,
     Manifest,
     SamplerSpec,
     TargetsManifest,
     TeacherInfo,
     TokenizerInfo,
     TokensManifest,
-    WeightCode,
+    VocabularyInfo,
 )
 
-LEDGER_SEGMENT_RECORDS = 1024
-"""Records in one object of a ledger that is complete; until then each is an object of its own."""
 READS_PER_CHUNK = 2
 """The index of its shard, then the chunk itself: TensorStore's, where it caches no index."""
 _INDEX_BYTES_PER_CHUNK = 16
 _INDEX_CHECKSUM_BYTES = 4
 _BLANK = "0" * 64
+# Of a vocabulary of 256k: its tables' chunks, each stored twice.
+_VOCABULARY = 256_000
+_BUCKETS = 400
 
 
 @dataclass(frozen=True)
@@ -31,56 +34,42 @@ class StoredBytes:
 
     tokens_bytes_per_token: float
     """`tokens` and `segment_ids`."""
-    count_bytes_per_token: float
-    floor_bytes_per_token: float
     statistics_bytes_per_token: float
-    """`teacher_entropy` and `label_logprob`."""
+    """`teacher_nats`."""
+    head_bytes_per_entry: float
+    """`head_count`, `head_points` and `block_points`."""
     id_bytes_per_entry: float
-    weight_bytes_per_entry: dict[WeightCode, float]
+    """`entry_bucket` and `entry_offset`."""
     ledger_bytes_per_shard: float
     """The records of one shard: that of its tokens and that of its targets."""
-    entries_per_token: int
+    entries_per_token: float
     """Of the store that was measured; another number is taken in proportion."""
     source: str
 
-    def per_token(
-        self, entries_per_token: float, weight_code: WeightCode
-    ) -> dict[tuple[str, ...], float]:
+    def per_token(self, entries_per_token: float) -> dict[tuple[str, ...], float]:
         """Bytes of one token by the arrays they lie in; ledger and metadata are not among them."""
         return {
             ("tokens", "segment_ids"): self.tokens_bytes_per_token,
-            ("entry_count",): self.count_bytes_per_token,
-            ("entry_id",): self.id_bytes_per_entry * entries_per_token,
-            ("entry_weight",): self.weight_bytes_per_entry[weight_code] * entries_per_token,
-            ("weight_floor",): self.floor_bytes_per_token,
-            ("teacher_entropy", "label_logprob"): self.statistics_bytes_per_token,
+            ("head_count", "head_points", "block_points"): self.head_bytes_per_entry
+            * entries_per_token,
+            ("entry_bucket", "entry_offset"): self.id_bytes_per_entry * entries_per_token,
+            ("teacher_nats",): self.statistics_bytes_per_token,
         }
 
 
-_ENTRIES = 12
 MEASURED = StoredBytes(
     tokens_bytes_per_token=1.27,
-    count_bytes_per_token=0.58,
-    floor_bytes_per_token=0.02,
-    statistics_bytes_per_token=1.73 + 1.83,
-    # What is left of 27.1 bytes, the whole as it lay on disk.
-    id_bytes_per_entry=(27.1 - (1.27 + 0.58 + 0.02 + 1.73 + 1.83 + 3.5)) / _ENTRIES,
-    weight_bytes_per_entry={"log_uint8": 3.5 / _ENTRIES, "log_uint16": 5.9 / _ENTRIES},
+    statistics_bytes_per_token=1.66,
+    head_bytes_per_entry=1.39 / 12.2,
+    id_bytes_per_entry=15.57 / 12.2,
     ledger_bytes_per_shard=735 + 1323,
-    entries_per_token=_ENTRIES,
-    source="November 2026, 131,072 tokens of documentation and Python code, vocabulary 262,144, "
-    "12 entries per token, rows of 8,192, blosc zstd 5, without segment_ids, in another layout "
-    "than format 1: heads before tails, ids as byte planes of differences",
+    entries_per_token=12.2,
+    source="to be measured",
 )
 
 
 def planned_manifests(
-    *,
-    num_sequences: int,
-    sequence_tokens: int,
-    shard_sequences: int,
-    entries_per_token: int,
-    weight_code: WeightCode,
+    *, num_sequences: int, sequence_tokens: int, shard_sequences: int, slots_per_token: int
 ) -> tuple[TokensManifest, TargetsManifest]:
     """Manifests of a store that is only planned: its shapes, with blanks for what identifies it."""
     shapes = {
@@ -91,18 +80,30 @@ def planned_manifests(
     tokens = TokensManifest(
         **shapes,
         tokenizer=TokenizerInfo(sha256=_BLANK, vocab_size=1, bos_id=0, eos_id=0, pad_id=0),
-        sources=(),
-        splits=(),
+        corpus=CorpusSummary(sha256=_BLANK, files=0, file_bytes=0, documents=0, text_bytes=0),
         software={},
     )
     targets = TargetsManifest(
         **shapes,
         tokens_fingerprint=_BLANK,
-        teacher=TeacherInfo(name="", config_sha256=_BLANK, weights_sha256=_BLANK, vocab_size=1),
+        teacher=TeacherInfo(
+            name="", config_sha256=_BLANK, weights_sha256=_BLANK, vocab_size=_VOCABULARY
+        ),
         # One block a row divides every row; the number of blocks changes no number of files.
-        sampler=SamplerSpec(entries_per_token=entries_per_token, block_tokens=sequence_tokens),
-        weight_code=weight_code,
+        sampler=SamplerSpec(
+            name="systematic",
+            points=1,
+            slots_per_token=slots_per_token,
+            block_tokens=sequence_tokens,
+        ),
+        vocabulary=VocabularyInfo(
+            num_buckets=_BUCKETS,
+            order_sha256=_BLANK,
+            buckets_sha256=_BLANK,
+            sampling_sha256=_BLANK,
+        ),
         seed=0,
+        dtype="bfloat16",
         batch_sequences=1,
         software={},
     )
@@ -119,7 +120,8 @@ class Objects:
     shard_files: int
     ledger_records: int
     """One for each shard of tokens and of targets, each an object until the ledger is complete."""
-    ledger_segments: int
+    ledger_objects: int
+    """What replaces the records: segments, and a summary for each group."""
     metadata: int
 
     @property
@@ -128,23 +130,25 @@ class Objects:
 
     @property
     def complete(self) -> int:
-        return self.shard_files + self.ledger_segments + self.metadata
+        return self.shard_files + self.ledger_objects + self.metadata
 
 
 def count_objects(tokens: TokensManifest, targets: TargetsManifest) -> Objects:
     """The objects that the manifests imply."""
     groups: tuple[Manifest, ...] = (tokens, targets)
-    arrays = len(layout.tokens_arrays(tokens)) + len(layout.targets_arrays(targets))
+    arrays = [spec for group in groups for spec in layout.row_arrays(group).values()]
+    tables = layout.table_arrays(targets)
     groups_of_sets = 1  # `targets/` itself
+    corpus = 1
     return Objects(
         sequences=tokens.num_sequences,
         shards=tokens.num_shards,
-        arrays=arrays,
-        shard_files=len(layout.tokens_arrays(tokens)) * tokens.num_shards
-        + len(layout.targets_arrays(targets)) * targets.num_shards,
+        arrays=len(arrays),
+        shard_files=sum(len(layout.row_arrays(group)) * group.num_shards for group in groups),
         ledger_records=sum(group.num_shards for group in groups),
-        ledger_segments=sum(-(-group.num_shards // LEDGER_SEGMENT_RECORDS) for group in groups),
-        metadata=len(groups) + groups_of_sets + arrays,
+        ledger_objects=sum(1 + -(-group.num_shards // SEGMENT_SHARDS) for group in groups),
+        # A manifest is stored twice, and so is a table, which has metadata besides.
+        metadata=2 * len(groups) + groups_of_sets + corpus + len(arrays) + 3 * len(tables),
     )
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from logit_store import layout, ledger, reader
+from logit_store import layout, manifests, reader, storage
+from logit_store.ledger import Ledger
+from schemas.manifest import Manifest, ShardStatistics, TokensManifest
 
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
 
@@ -37,28 +39,31 @@ class Summary:
 
 
 def summary(url: str, name: str | None) -> Summary:
-    """Sum up the tokens (name None) or the tokens and one set of targets, from ledgers alone."""
-    manifest = layout.read_manifest(url, name)
-    records = ledger.read_committed(url, name)
+    """Sum up the tokens (name None) or the tokens and one set of targets, from ledgers alone.
+
+    Of a finished store two summaries are read; of an unfinished one, every record.
+    """
+    manifest = manifests.read_manifest(url, name)
     groups = [None] if name is None else [None, name]
     array_bytes: dict[str, int] = {}
     metadata = 0
     tokens = 0
     for group in groups:
-        group_records = records if group == name else ledger.read_committed(url, group)
-        group_manifest = layout.read_manifest(url, group)
-        metadata += len(layout.group_json(group_manifest))
+        group_manifest = manifests.read_manifest(url, group)
+        found = _ledger(url, group, group_manifest)
+        # A manifest, and each table below, is stored twice.
+        metadata += 2 * len(layout.group_json(group_manifest)) + found.record_bytes
         metadata += sum(len(layout.array_json(a)) for a in layout.arrays(group_manifest).values())
-        for record in group_records.values():
-            metadata += len(ledger.record_bytes(record))
-            for file in record.files:
-                array = file.key.split("/")[0]
-                array_bytes[array] = array_bytes.get(array, 0) + file.size_bytes
-        if group is None:
-            tokens = sum(record.statistics.tokens for record in group_records.values())
-    statistics = [record.statistics for record in records.values()]
-    predicted = sum(s.predicted_tokens for s in statistics)
-    covered = sum(s.tokens for s in statistics)
+        array_bytes |= found.array_bytes
+        if isinstance(group_manifest, TokensManifest):
+            tokens = found.statistics.tokens
+            store = storage.open_kvstore(url)
+            metadata += len(storage.read_bytes(store, layout.corpus_key(group_manifest)) or b"")
+        for table in layout.table_arrays(group_manifest):
+            copy = layout.table_copy_key(group or "", table)
+            size = len(storage.read_bytes(storage.open_kvstore(url), copy) or b"")
+            array_bytes[table] = 2 * size
+    statistics = found.statistics
 
     def mean(total: float, count: int) -> float:
         return total / count if count else 0.0
@@ -66,17 +71,37 @@ def summary(url: str, name: str | None) -> Summary:
     return Summary(
         sequences=manifest.num_sequences,
         shards=manifest.num_shards,
-        committed_shards=len(records),
+        committed_shards=found.shards,
         tokens=tokens,
-        predicted_tokens=predicted,
-        entries_per_token=mean(sum(s.entries for s in statistics), covered),
-        max_entries=max((s.max_entries for s in statistics), default=0),
-        mean_mass=mean(sum(s.mass_sum for s in statistics), predicted),
-        mean_entropy_nats=mean(sum(s.entropy_sum_nats for s in statistics), predicted),
-        mean_label_logprob_nats=mean(sum(s.label_logprob_sum_nats for s in statistics), predicted),
+        predicted_tokens=statistics.predicted_tokens,
+        entries_per_token=mean(statistics.entries, statistics.tokens),
+        max_entries=statistics.max_entries,
+        mean_mass=mean(statistics.mass_sum, statistics.predicted_tokens),
+        mean_entropy_nats=mean(statistics.entropy_sum_nats, statistics.predicted_tokens),
+        mean_label_logprob_nats=mean(
+            statistics.label_logprob_sum_nats, statistics.predicted_tokens
+        ),
         array_bytes=array_bytes,
         metadata_bytes=metadata,
         bytes_per_token=mean(sum(array_bytes.values()) + metadata, tokens),
+    )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a ledger sums up, finished or not."""
+
+    shards: int
+    statistics: ShardStatistics
+    array_bytes: dict[str, int]
+    record_bytes: int
+
+
+def _ledger(url: str, name: str | None, manifest: Manifest) -> _Sums:
+    ledger = Ledger(url, name, manifest)
+    found = ledger.summary() or ledger.sum_up()
+    return _Sums(
+        int(ledger.committed().sum()), found.statistics, dict(found.array_bytes), found.record_bytes
     )
 
 
@@ -99,7 +124,7 @@ def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, D
     rows = np.concatenate(
         [
             np.arange(i * step, min((i + 1) * step, targets.manifest.num_sequences))
-            for i in sorted(targets.committed)
+            for i in np.flatnonzero(targets.committed).tolist()
         ]
         or [np.zeros(0, np.int64)]
     )
@@ -108,7 +133,7 @@ def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, D
     rows = rows[np.unique(np.linspace(0, rows.size - 1, min(max_sequences, rows.size)).astype(int))]
     columns: dict[str, list[np.ndarray]] = {}
     for start in range(0, rows.size, 64):
-        for key, values in _columns(targets.rows(rows[start : start + 64])).items():
+        for key, values in _columns(targets, targets.rows(rows[start : start + 64])).items():
             columns.setdefault(key, []).append(values)
     found = {}
     for key, parts in columns.items():
@@ -121,21 +146,23 @@ def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, D
     return found
 
 
-def _columns(batch: reader.TargetBatch) -> dict[str, np.ndarray]:
+def _columns(targets: reader.TargetsReader, batch: reader.TargetBatch) -> dict[str, np.ndarray]:
     rows, length = batch.tokens.shape
     predicted = layout.predicted_mask(batch.segment_ids)
-    flat = (batch.entry_position + np.arange(rows)[:, None] * length).reshape(-1)
-    weights = batch.entry_weight.reshape(-1)
+    flat = (targets.positions(batch) + np.arange(rows)[:, None] * length).reshape(-1)
+    ids = batch.entry_id.reshape(-1)
+    # Neither an unused slot nor the rest is an id of the vocabulary.
+    vocab_size = targets.manifest.teacher.vocab_size
+    weights = np.where(ids < vocab_size, batch.entry_weight.reshape(-1), 0.0)
     labels = np.roll(batch.tokens, -1, axis=1).reshape(-1)
-    is_label = batch.entry_id.reshape(-1) == labels[flat]
 
     def per_position(values: np.ndarray) -> np.ndarray:
         return np.bincount(flat, values, minlength=rows * length).reshape(rows, length)[predicted]
 
     return {
-        "entries per token": batch.entry_count[predicted],
+        "entries per token": per_position(ids >= 0),
         "stored mass": per_position(weights),
-        "stored weight of the label": per_position(weights * is_label),
+        "stored weight of the label": per_position(weights * (ids == labels[flat])),
         "teacher entropy (nats)": batch.teacher_entropy[predicted],
         "label log-probability (nats)": batch.label_logprob[predicted],
     }

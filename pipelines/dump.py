@@ -1,8 +1,10 @@
-"""`retort dump`: a teacher's sparse targets for every token of a store, as a Beam job.
+"""`retort dump`: a teacher's sparse targets for every token of a store, as Beam jobs.
 
 The driver checks and writes the manifest, submits the shards that have no ledger record, and waits.
 A worker reads its rows from the store, runs the teacher in one fixed batch shape, and commits the
-shard whole. Running the same command again continues; a finished dump is left as it is.
+shard whole. Where the number of points is not given, a first small job lets the teacher read a
+sample of the rows, from which it follows. Running the same command again continues; a finished dump
+is left as it is.
 """
 
 import threading
@@ -12,12 +14,15 @@ from pathlib import Path
 import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
+from pydantic import Field
 from rich.console import Console
 
 from gemma2 import checkpoint
-from logit_store import reader, writer
+from logit_store import codec, manifests, reader, storage, writer
+from logit_store.ledger import Ledger
 from pipelines import progress, runner, software
-from schemas.errors import IncompleteStoreError, ManifestMismatchError
+from schemas.base import Document
+from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
 from schemas.manifest import (
     LedgerRecord,
     ShardSpec,
@@ -26,8 +31,18 @@ from schemas.manifest import (
     identity,
 )
 from schemas.runs import DumpConfig
+from teacher_dump import vocabulary
 from teacher_dump.targets import compute_rows
 from teacher_dump.teacher import Gemma2Teacher
+
+_PILOT = "pilot/"
+# Rows from which the number of points follows: enough for 3 % of the mean number of entries.
+_PILOT_ROWS = 64
+_PILOT_TOKENS = 2**16
+# Points whose expected entries are counted; what lies between is interpolated.
+_PILOT_POINTS = np.unique(np.geomspace(1, 4096, 64).round().astype(np.int32))
+# Rows whose tokens tell how often each id occurs.
+_COUNTED_ROWS = 4096
 
 _teachers: dict[tuple[str, str, int], Gemma2Teacher] = {}
 _teachers_lock = threading.Lock()
@@ -39,25 +54,23 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     Raises ManifestMismatchError if the set exists under another config, IncompleteStoreError if the
     tokens themselves are not complete, and whatever RetortError a worker met.
     """
-    manifest = plan(config)
-    writer.create_targets(config.store, config.name, manifest)
-    writer.sweep_locks(config.store)
-    pending = writer.pending(config.store, config.name)
+    manifest, tables = plan(config, console, options)
+    writer.create_targets(config.store, config.name, manifest, tables)
+    _forget_pilot(config)
+    storage.sweep_locks(config.store)
+    ledger = Ledger(config.store, config.name, manifest)
+    ledger.compact()
+    pending = ledger.pending()
     total = manifest.num_shards
     if not pending:
         return f"targets '{config.name}' are complete: all {total} shards reused"
     done = total - len(pending)
     if done:
         console.print(f"dump: resuming, {done} of {total} shards are committed")
-    with progress.watch(
-        console,
-        "dump",
-        total,
-        "shards",
-        lambda: total - len(writer.pending(config.store, config.name)),
-    ):
+    with progress.watch(console, "dump", total, "shards", ledger.compact):
         runner.run(pending, WriteTargets(config), "WriteTargets", options)
-    left = writer.pending(config.store, config.name)
+    ledger.compact()
+    left = ledger.pending()
     if left:
         raise IncompleteStoreError(
             f"Every shard must be committed when the job ends, but {len(left)} of {total} are not "
@@ -66,34 +79,211 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     return f"targets '{config.name}': {len(pending)} shards computed, {done} reused"
 
 
-def plan(config: DumpConfig) -> TargetsManifest:
-    """The manifest that `config` asks for over the store's tokens; reads no weights into memory."""
+def plan(
+    config: DumpConfig, console: Console, options: PipelineOptions | None = None
+) -> tuple[TargetsManifest, writer.Tables]:
+    """The manifest that `config` asks for over the store's tokens, and its tables.
+
+    What a set of targets has that exists already, and that the config leaves open, is kept.
+    """
     tokens = reader.TokensReader(config.store)
-    manifest = tokens.manifest
-    missing = manifest.num_shards - len(tokens.committed)
+    missing = int((~tokens.committed).sum())
     if missing:
         raise IncompleteStoreError(
-            f"A dump needs all tokens, but {missing} of {manifest.num_shards} token shards of "
-            f"{config.store} are not committed; run `retort tokenize` again first."
+            f"A dump needs all tokens, but {missing} of {tokens.manifest.num_shards} token shards "
+            f"of {config.store} are not committed; run `retort tokenize` again first."
         )
     config_sha256, weights_sha256 = checkpoint.fingerprint(config.teacher)
-    return TargetsManifest(
-        tokens_fingerprint=identity(manifest),
-        num_sequences=manifest.num_sequences,
-        sequence_tokens=manifest.sequence_tokens,
-        shard_sequences=manifest.shard_sequences,
-        teacher=TeacherInfo(
-            name=Path(config.teacher).resolve().name,
-            config_sha256=config_sha256,
-            weights_sha256=weights_sha256,
-            vocab_size=manifest.tokenizer.vocab_size,
-        ),
-        sampler=config.sampler,
-        weight_code=config.weight_code,
-        seed=config.seed,
-        batch_sequences=config.batch_sequences,
-        software=software.versions(),
+    teacher = TeacherInfo(
+        name=Path(config.teacher).resolve().name,
+        config_sha256=config_sha256,
+        weights_sha256=weights_sha256,
+        vocab_size=tokens.manifest.tokenizer.vocab_size,
     )
+    existing = _existing(config)
+    points = existing.sampler.points if existing is not None else None
+    if config.sampler.has_points and config.sampler.points is None and points is None:
+        points = _pilot_points(config, tokens, teacher, console, options)
+    length, vocab_size = tokens.manifest.sequence_tokens, teacher.vocab_size
+    sampler = config.sampler.spec(points, length, vocab_size)
+    tables = _tables(config, tokens, existing, sampler.slots_per_token)
+    manifest = TargetsManifest.parse(
+        {
+            "tokens_fingerprint": identity(tokens.manifest),
+            "num_sequences": tokens.manifest.num_sequences,
+            "sequence_tokens": length,
+            "shard_sequences": tokens.manifest.shard_sequences,
+            "teacher": teacher,
+            "sampler": sampler,
+            "vocabulary": tables.info(),
+            "seed": config.seed,
+            "dtype": config.dtype,
+            "batch_sequences": config.batch_sequences,
+            "software": software.versions(),
+        },
+        "dump",
+    )
+    return manifest, tables
+
+
+def _existing(config: DumpConfig) -> TargetsManifest | None:
+    if config.name not in manifests.list_targets(config.store):
+        return None
+    found = manifests.read_manifest(config.store, config.name)
+    assert isinstance(found, TargetsManifest)
+    return found
+
+
+def _tables(
+    config: DumpConfig,
+    tokens: reader.TokensReader,
+    existing: TargetsManifest | None,
+    slots_per_token: int,
+) -> writer.Tables:
+    """The tables that exist, or new ones from the store's tokens and the teacher's embedding."""
+    if existing is not None:
+        try:
+            return writer.Tables(
+                reader.read_vocabulary(config.store, config.name, existing),
+                reader.read_table(config.store, config.name, existing, "sampling_order"),
+            )
+        except CorruptStoreError:
+            # A driver that was killed before it wrote them; what is made anew must be the same.
+            pass
+    counts = id_counts(tokens)
+    if config.sampler.name == "systematic":
+        embedding = checkpoint.load_embedding(config.teacher)[: len(counts)]
+        order = vocabulary.similarity_order(embedding)
+    else:
+        order = np.arange(len(counts), dtype=np.uint32)
+    return writer.Tables(codec.make_vocabulary(counts, slots_per_token), order)
+
+
+def id_counts(tokens: reader.TokensReader) -> np.ndarray:
+    """int64 [V]: how often each id occurs in rows that are spread evenly over the store."""
+    counts = np.zeros(tokens.manifest.tokenizer.vocab_size, np.int64)
+    rows = _spread(tokens.manifest.num_sequences, _COUNTED_ROWS)
+    for some in np.array_split(rows, -(-len(rows) // 64)):
+        found = tokens.rows(some)
+        counts += np.bincount(found.tokens[found.segment_ids > 0], minlength=len(counts))
+    return counts
+
+
+def _spread(total: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, total - 1, min(most, total)).astype(np.int64))
+
+
+# The pilot: how many points give the number of entries that is asked for.
+
+
+class PilotSpec(Document):
+    """Some rows that the teacher reads to tell how many entries a number of points gives."""
+
+    index: int = Field(ge=0)
+    rows: tuple[int, ...]
+
+
+class PilotCount(Document):
+    """What the teacher said: expected entries for each of the pilot's numbers of points."""
+
+    run: str = Field(description="Fingerprint of the config, the teacher and the rows.")
+    entries: tuple[float, ...]
+    tokens: int
+
+
+def _pilot_points(
+    config: DumpConfig,
+    tokens: reader.TokensReader,
+    teacher: TeacherInfo,
+    console: Console,
+    options: PipelineOptions | None,
+) -> int:
+    """The number of points whose expected entries per token are nearest to what is asked for."""
+    length = tokens.manifest.sequence_tokens
+    rows = _spread(tokens.manifest.num_sequences, max(_PILOT_ROWS, _PILOT_TOKENS // length))
+    size = config.batch_sequences
+    specs = [
+        PilotSpec(index=i, rows=tuple(rows[i * size : (i + 1) * size].tolist()))
+        for i in range(-(-len(rows) // size))
+    ]
+    known = _read_pilot(config, teacher, specs)
+    missing = [spec for spec in specs if spec.index not in known]
+    store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
+    with progress.watch(
+        console, "dump: pilot", len(specs), "batches", lambda: len(storage.list_keys(store))
+    ):
+        runner.run(missing, CountPilot(config, teacher), "CountPilot", options)
+    known = _read_pilot(config, teacher, specs)
+    total = sum(count.tokens for count in known.values())
+    entries = np.sum([count.entries for count in known.values()], axis=0) / max(total, 1)
+    return points_for(config.sampler.entries_per_token, _PILOT_POINTS, entries)
+
+
+def points_for(wanted: float, points: np.ndarray, entries: np.ndarray) -> int:
+    """The whole number of points nearest to `wanted` entries, on the curve through the counts.
+
+    The curve is straight between neighbours on logarithmic scales; beyond its ends, they stand.
+    """
+    nearest = np.interp(np.log(wanted), np.log(entries), np.log(points))
+    return max(1, round(float(np.exp(nearest))))
+
+
+class CountPilot(beam.DoFn):
+    """Some rows' numbers in, their number out; what the teacher said goes to the store."""
+
+    def __init__(self, config: DumpConfig, teacher: TeacherInfo):
+        self._config, self._teacher = config, teacher
+
+    def process(self, element: str) -> Iterator[int]:
+        spec = PilotSpec.model_validate_json(element)
+        config = self._config
+        teacher = _load_teacher(config, self._teacher)
+        tokens = reader.TokensReader(config.store)
+        # Padded with rows whose segments are cleared, so that there is one shape to compile.
+        rows = np.resize(np.asarray(spec.rows), config.batch_sequences)
+        found = tokens.rows(rows)
+        segments = found.segment_ids.copy()
+        segments[len(spec.rows) :] = 0
+        entries = teacher.expected_entries(
+            found.tokens, segments, config.sampler.name, config.sampler.temperature, _PILOT_POINTS
+        )
+        count = PilotCount(
+            run=_pilot_run(config, self._teacher, spec),
+            entries=tuple(entries.tolist()),
+            tokens=int(np.count_nonzero(segments)),
+        )
+        store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
+        store.write(f"{spec.index:08d}.json", count.canonical_json().encode()).result()
+        yield spec.index
+
+
+def _pilot_run(config: DumpConfig, teacher: TeacherInfo, spec: PilotSpec) -> str:
+    return f"{config.fingerprint()}-{teacher.fingerprint()}-{spec.fingerprint()}"
+
+
+def _read_pilot(
+    config: DumpConfig, teacher: TeacherInfo, specs: list[PilotSpec]
+) -> dict[int, PilotCount]:
+    """Counts of an interrupted or finished pilot of this config, teacher and rows."""
+    store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
+    found = {}
+    for spec in specs:
+        raw = storage.read_bytes(store, f"{spec.index:08d}.json")
+        if raw is not None:
+            count = PilotCount.model_validate_json(raw)
+            if count.run == _pilot_run(config, teacher, spec):
+                found[spec.index] = count
+    return found
+
+
+def _forget_pilot(config: DumpConfig) -> None:
+    """The manifest holds what it said; only the driver calls this, after writing it."""
+    store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
+    for key in storage.list_keys(store):
+        store.write(key, None).result()
+
+
+# Shards
 
 
 class WriteTargets(beam.DoFn):
@@ -114,34 +304,38 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     if existing is not None:
         return existing
     manifest = target_writer.manifest
-    teacher = _teacher(config, manifest)
+    teacher = _load_teacher(config, manifest.teacher)
+    order = reader.read_table(config.store, config.name, manifest, "sampling_order")
     rows = np.arange(spec.first_row, spec.stop_row)
     tokens = reader.TokensReader(config.store).rows(rows)
-    targets = compute_rows(
-        teacher,
-        tokens.tokens,
-        tokens.segment_ids,
-        rows,
-        spec=manifest.sampler,
-        seed=manifest.seed,
-        weight_code=manifest.weight_code,
-        batch_sequences=manifest.batch_sequences,
-    )
-    return target_writer.write(spec, tokens.tokens, tokens.segment_ids, targets)
+    with _teachers_lock:
+        # Its order is the set's; of several sets in one process, one at a time.
+        teacher.arrange(order)
+        targets = compute_rows(
+            teacher,
+            target_writer.vocabulary,
+            tokens.tokens,
+            tokens.segment_ids,
+            rows,
+            spec=manifest.sampler,
+            seed=manifest.seed,
+            batch_sequences=manifest.batch_sequences,
+        )
+    return target_writer.write(spec, tokens.tokens, tokens.segment_ids.astype(np.uint16), targets)
 
 
-def _teacher(config: DumpConfig, manifest: TargetsManifest) -> Gemma2Teacher:
+def _load_teacher(config: DumpConfig, expected: TeacherInfo) -> Gemma2Teacher:
     """This process's teacher, loaded once however many threads ask."""
-    key = (str(config.teacher), config.dtype, manifest.teacher.vocab_size)
+    key = (str(config.teacher), config.dtype, expected.vocab_size)
     with _teachers_lock:
         if key not in _teachers:
             teacher = Gemma2Teacher(
-                config.teacher, dtype=config.dtype, vocab_size=manifest.teacher.vocab_size
+                config.teacher, dtype=config.dtype, vocab_size=expected.vocab_size
             )
-            if teacher.info.weights_sha256 != manifest.teacher.weights_sha256:
+            if teacher.info.weights_sha256 != expected.weights_sha256:
                 raise ManifestMismatchError(
                     "A worker's teacher must be the manifest's, but its weights hash to "
-                    f"{teacher.info.weights_sha256} and not {manifest.teacher.weights_sha256}; "
+                    f"{teacher.info.weights_sha256} and not {expected.weights_sha256}; "
                     f"give every worker the same files at {config.teacher}."
                 )
             _teachers[key] = teacher

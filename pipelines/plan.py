@@ -105,7 +105,7 @@ class ShardChoice:
     shards: int
     objects: int
     shard_bytes: float
-    entry_id_bytes: float
+    id_bytes: float
     index_bytes: int
     index_share: float
     teacher_seconds: float
@@ -192,7 +192,7 @@ def plan(config: PlanConfig) -> Plan:
 
 def _bytes_per_token(config: PlanConfig) -> dict[tuple[str, ...], float]:
     """Of each part; a total that is given is split as the measured one."""
-    measured = sizes.MEASURED.per_token(config.entries, config.weight_code)
+    measured = sizes.MEASURED.per_token(config.entries)
     total = sum(measured.values())
     factor = (config.bytes_per_token or total) / total
     return {arrays: size * factor for arrays, size in measured.items()}
@@ -204,8 +204,7 @@ def _objects(config: PlanConfig, shard_sequences: int) -> sizes.Objects:
             num_sequences=-(-config.tokens // config.sequence_tokens),
             sequence_tokens=config.sequence_tokens,
             shard_sequences=shard_sequences,
-            entries_per_token=config.entries,
-            weight_code=config.weight_code,
+            slots_per_token=config.entries,
         )
     )
 
@@ -234,7 +233,7 @@ def _shard_choice(config: PlanConfig, shard_sequences: int, teacher: Teacher) ->
         shards=objects.shards,
         objects=objects.complete,
         shard_bytes=tokens * per_token,
-        entry_id_bytes=tokens * parts[("entry_id",)],
+        id_bytes=tokens * parts[("entry_bucket", "entry_offset")],
         index_bytes=index_bytes,
         index_share=objects.arrays * index_bytes / (config.sequence_tokens * per_token),
         teacher_seconds=tokens * teacher.flops_per_token.total / teacher.flops_per_second_per_chip,

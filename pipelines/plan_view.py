@@ -7,7 +7,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logit_store import sizes
 from logit_store.inspect.terminal import printable
 from pipelines.plan import SECONDS_PER_HOUR, Plan
 
@@ -54,8 +53,7 @@ def _objects(found: Plan) -> list[RenderableType]:
         ("shard files", f"{objects.shard_files:,} ({objects.arrays} arrays)"),
         (
             "ledger",
-            f"{objects.ledger_records:,} records; {objects.ledger_segments:,} segments of "
-            f"{sizes.LEDGER_SEGMENT_RECORDS:,} once complete",
+            f"{objects.ledger_records:,} records; {objects.ledger_objects:,} objects once complete",
         ),
         ("metadata", f"{objects.metadata:,}"),
         ("objects", f"{objects.while_written:,}; {objects.complete:,} once complete"),
@@ -65,13 +63,13 @@ def _objects(found: Plan) -> list[RenderableType]:
             f"{choice.shard_sequences:,}",
             f"{choice.objects:,}",
             _bytes(choice.shard_bytes),
-            _bytes(choice.entry_id_bytes),
+            _bytes(choice.id_bytes),
             f"{choice.index_share:,.0%}".replace("%", " %"),
             _duration(choice.teacher_seconds),
         )
         for choice in found.shard_choices
     ]
-    headings = ("shard_sequences", "objects", "a shard", "entry_id", "index reads", "one chip")
+    headings = ("shard_sequences", "objects", "a shard", "its ids", "index reads", "one chip")
     return [_title("objects (predicted)"), _pairs(rows), _table(headings, choices)]
 
 

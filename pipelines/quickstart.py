@@ -22,13 +22,13 @@ from logit_store import reader, statistics
 from pipelines import dump, progress, report, tokenize, training
 from schemas.base import Document
 from schemas.errors import ConfigError
-from schemas.manifest import SamplerSpec
 from schemas.model import ModelConfig
 from schemas.runs import (
     CorpusConfig,
     DumpConfig,
     OptimizerConfig,
     QuickstartConfig,
+    SamplerConfig,
     TokenizeConfig,
     TrainConfig,
 )
@@ -146,9 +146,7 @@ def quickstart(config: QuickstartConfig, console: Console) -> Path:
         DumpConfig(
             store=stores["store"],
             teacher=teacher.export,
-            sampler=SamplerSpec(
-                entries_per_token=size.entries_per_token, block_tokens=size.sequence_tokens
-            ),
+            sampler=SamplerConfig(entries_per_token=size.entries_per_token),
             batch_sequences=8,
             dtype="float32",
         ),
@@ -355,6 +353,7 @@ def _write_report(
     targets = reader.TargetsReader(store, "default")
     sequence = targets.manifest.num_sequences // 2
     summary = statistics.summary(store, "default")
+    page = targets.rows(np.array([sequence]))
     text = report.render(
         subtitle=(
             f"{sum(prepared.documents.values()):,} documents, "
@@ -377,7 +376,7 @@ def _write_report(
             (name, size_bytes, size_bytes / summary.tokens)
             for name, size_bytes in summary.array_bytes.items()
         ],
-        page=report.choose_page(targets.rows(np.array([sequence])), sequence, tokenizer.piece_text),
+        page=report.choose_page(page, targets.positions(page), sequence, tokenizer.piece_text),
     )
     path = config.out / "report.html"
     path.write_text(text, encoding="utf-8")

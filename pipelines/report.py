@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from logit_store.layout import predicted_mask
 from logit_store.reader import TargetBatch
 
 _PAGE_TOKENS = 120
@@ -97,29 +98,34 @@ def render(
     )
 
 
-def choose_page(batch: TargetBatch, sequence: int, piece: Callable[[int], str]) -> Page:
+def choose_page(
+    batch: TargetBatch, entry_position: np.ndarray, sequence: int, piece: Callable[[int], str]
+) -> Page:
     """A passage from the middle of one decoded row (batch of 1), with its most telling tokens.
 
     Marked are positions spread over the passage's range of teacher entropy, so that certain and
     uncertain ones both show.
     """
-    tokens, counts = batch.tokens[0], batch.entry_count[0]
-    predicted = np.flatnonzero(counts > 0)
+    tokens = batch.tokens[0]
+    has_label = predicted_mask(batch.segment_ids[0])
+    predicted = np.flatnonzero(has_label)
     if predicted.size == 0:
         return Page(sequence, (), ())
     start = int(predicted[min(predicted.size // 3, predicted.size - 1)])
-    passage = [t for t in range(start, min(start + _PAGE_TOKENS, tokens.size)) if counts[t] > 0]
+    passage = [t for t in range(start, min(start + _PAGE_TOKENS, tokens.size)) if has_label[t]]
     by_entropy = sorted(passage, key=lambda t: float(batch.teacher_entropy[0, t]))
     ranks = np.unique(np.linspace(0, len(by_entropy) - 1, _CARDS).round().astype(int))
     marked = sorted(by_entropy[rank] for rank in ranks)
-    cards = [_card(batch, position, piece) for position in marked]
+    cards = [_card(batch, entry_position[0], position, piece) for position in marked]
     pieces = [Piece(piece(int(tokens[t])), t in set(marked)) for t in passage]
     return Page(sequence, pieces, cards)
 
 
-def _card(batch: TargetBatch, position: int, piece: Callable[[int], str]) -> TokenCard:
+def _card(
+    batch: TargetBatch, entry_position: np.ndarray, position: int, piece: Callable[[int], str]
+) -> TokenCard:
     label = int(batch.tokens[0, position + 1])
-    slots = np.flatnonzero((batch.entry_position[0] == position) & (batch.entry_id[0] >= 0))
+    slots = np.flatnonzero((entry_position == position) & (batch.entry_id[0] >= 0))
     order = slots[np.argsort(-batch.entry_weight[0, slots], kind="stable")][:_CANDIDATES]
     return TokenCard(
         text=_visible(piece(int(batch.tokens[0, position]))),

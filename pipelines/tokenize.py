@@ -15,11 +15,19 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import Field
 from rich.console import Console
 
-from logit_store import layout, reader, writer
+from logit_store import manifests, reader, storage, writer
+from logit_store.ledger import Ledger
 from pipelines import progress, runner, software
 from schemas.base import Document
 from schemas.errors import ConfigError, IncompleteStoreError, StoreNotFoundError
-from schemas.manifest import LedgerRecord, ShardSpec, SourceFile, Split, TokensManifest
+from schemas.manifest import (
+    Corpus,
+    LedgerRecord,
+    ShardSpec,
+    SourceFile,
+    Split,
+    TokensManifest,
+)
 from schemas.runs import TokenizeConfig
 from teacher_dump import corpus, packing
 from teacher_dump.tokenizer import Tokenizer
@@ -53,25 +61,22 @@ def tokenize(
     the store was made from other inputs or settings, ConfigError if there is nothing to tokenize.
     """
     _pack.cache_clear()
-    manifest = _plan(config, console, options)
-    writer.create_tokens(config.store, manifest)
+    manifest, sources = _plan(config, console, options)
+    writer.create_tokens(config.store, manifest, sources)
     _forget_counts(config)
-    writer.sweep_locks(config.store)
-    pending = writer.pending(config.store, None)
+    storage.sweep_locks(config.store)
+    ledger = Ledger(config.store, None, manifest)
+    ledger.compact()
+    pending = ledger.pending()
     total = manifest.num_shards
     if not pending:
         return f"tokens are complete: all {total} shards reused"
     if len(pending) < total:
         console.print(f"tokenize: resuming, {total - len(pending)} of {total} shards are committed")
-    with progress.watch(
-        console,
-        "tokenize: writing",
-        total,
-        "shards",
-        lambda: total - len(writer.pending(config.store, None)),
-    ):
+    with progress.watch(console, "tokenize: writing", total, "shards", ledger.compact):
         runner.run(pending, WriteTokens(config), "WriteTokens", options)
-    left = writer.pending(config.store, None)
+    ledger.compact()
+    left = ledger.pending()
     if left:
         raise IncompleteStoreError(
             f"Every shard must be committed when the job ends, but {len(left)} of {total} are not "
@@ -82,7 +87,7 @@ def tokenize(
 
 def _plan(
     config: TokenizeConfig, console: Console, options: PipelineOptions | None
-) -> TokensManifest:
+) -> tuple[TokensManifest, Corpus]:
     """Pass 1 and the prefix sum. Counts that an interrupted run left are used again."""
     tokenizer = Tokenizer.load(config.tokenizer)
     specs = plan_splits(config)
@@ -97,7 +102,7 @@ def _plan(
         "tokenize: counting",
         len(specs),
         "splits",
-        lambda: len(layout.list_keys(store)),
+        lambda: len(storage.list_keys(store)),
     ):
         runner.run(missing, CountSplit(config), "CountSplit", options)
     known = _read_counts(config, specs)
@@ -122,15 +127,16 @@ def _plan(
             f"A corpus must hold at least one document, but none of the {len(sources)} files of "
             f"{', '.join(config.corpus.paths)} has one that passes the filters; check corpus.*."
         )
-    return TokensManifest(
+    found = Corpus(sources=tuple(sources), splits=tuple(splits))
+    manifest = TokensManifest(
         tokenizer=tokenizer.info,
         num_sequences=row,
         sequence_tokens=config.sequence_tokens,
         shard_sequences=config.shard_sequences,
-        sources=tuple(sources),
-        splits=tuple(splits),
+        corpus=found.summary(),
         software=software.versions(),
     )
+    return manifest, found
 
 
 def plan_splits(config: TokenizeConfig) -> list[SplitSpec]:
@@ -190,11 +196,12 @@ def write_shard(config: TokenizeConfig, spec: ShardSpec) -> LedgerRecord:
     manifest = tokens_writer.manifest
     tokens: list[np.ndarray] = []
     segment_ids: list[np.ndarray] = []
-    for split in manifest.splits:
+    whole = _read_corpus(config.store, manifest.corpus.sha256)
+    for split in whole.splits:
         first, stop = max(spec.first_row, split.first_row), min(spec.stop_row, split.stop_row)
         if first >= stop:
             continue
-        expected = manifest.sources[split.first_file : split.stop_file]
+        expected = whole.sources[split.first_file : split.stop_file]
         sources, split_tokens, split_segments = _pack(config, tuple(s.path for s in expected))
         for before, now in zip(expected, sources, strict=True):
             if before != now:
@@ -207,6 +214,12 @@ def write_shard(config: TokenizeConfig, spec: ShardSpec) -> LedgerRecord:
         tokens.append(split_tokens[rows])
         segment_ids.append(split_segments[rows])
     return tokens_writer.write(spec, np.concatenate(tokens), np.concatenate(segment_ids))
+
+
+@lru_cache(maxsize=1)
+def _read_corpus(store: str, sha256: str) -> Corpus:
+    """The store's list of sources, once per process and not once per shard; sha256 is its name."""
+    return manifests.read_corpus(store, reader.TokensReader(store).manifest)
 
 
 @lru_cache(maxsize=2)
@@ -239,39 +252,41 @@ def _existing_manifest(config: TokenizeConfig) -> TokensManifest | None:
 
 def _expected_manifest(
     existing: TokensManifest, config: TokenizeConfig, specs: Sequence[SplitSpec]
-) -> TokensManifest:
+) -> tuple[TokensManifest, Corpus]:
     """What the manifest would be for these inputs, as far as can be told without packing them.
 
     Equal to `existing` if nothing changed; else it differs in the fields that did.
     """
+    before = manifests.read_corpus(config.store, existing)
     sources = tuple(
         corpus.read_file(path, config.corpus)[0] for spec in specs for path in spec.paths
     )
     files = [(spec.first_file, spec.first_file + len(spec.paths)) for spec in specs]
-    same_splits = files == [(split.first_file, split.stop_file) for split in existing.splits]
+    same_splits = files == [(split.first_file, split.stop_file) for split in before.splits]
     splits = tuple(
         Split(first_file=first, stop_file=stop, first_row=0, stop_row=0, tokens=0)
         for first, stop in files
     )
-    return existing.model_copy(
+    found = Corpus(sources=sources, splits=before.splits if same_splits else splits)
+    manifest = existing.model_copy(
         update={
             "tokenizer": Tokenizer.load(config.tokenizer).info,
             "sequence_tokens": config.sequence_tokens,
             "shard_sequences": config.shard_sequences,
-            "sources": sources,
-            "splits": existing.splits if same_splits else splits,
+            "corpus": found.summary(),
         }
     )
+    return manifest, found
 
 
 def _counts(config: TokenizeConfig):
-    return layout.open_kvstore(config.store, _COUNTS)
+    return storage.open_kvstore(config.store, _COUNTS)
 
 
 def _forget_counts(config: TokenizeConfig) -> None:
     """The manifest holds what they said; only the driver calls this, after writing it."""
     store = _counts(config)
-    for key in layout.list_keys(store):
+    for key in storage.list_keys(store):
         store.write(key, None).result()
 
 
@@ -287,7 +302,7 @@ def _run(config: TokenizeConfig, spec: SplitSpec) -> str:
 def _read_counts(config: TokenizeConfig, specs: Sequence[SplitSpec]) -> dict[int, SplitCount]:
     """Counts of an interrupted or finished pass 1 that still describe these splits."""
     store = _counts(config)
-    keys = set(layout.list_keys(store))
+    keys = set(storage.list_keys(store))
     found = {}
     for spec in specs:
         if _count_key(spec.index) not in keys:

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console, RenderableType
 
-from logit_store import layout
+from logit_store import manifests
 from logit_store.inspect import terminal
 from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.verify import verify as verify_store
@@ -139,8 +139,8 @@ def stats(arguments: StatsArguments, console: Console) -> int:
 
 def verify(arguments: VerifyArguments, console: Console) -> int:
     total = sum(
-        layout.read_manifest(arguments.store, name).num_shards
-        for name in [None, *layout.list_targets(arguments.store)]
+        manifests.read_manifest(arguments.store, name).num_shards
+        for name in [None, *manifests.list_targets(arguments.store)]
     )
     # The bar goes to stderr, so that --json and pipes get the result alone.
     with progress.bar(Console(stderr=True), "verify", total, "shards") as advance:

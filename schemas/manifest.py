@@ -12,45 +12,41 @@ from pydantic import Field, model_validator
 from schemas.base import Document
 
 FORMAT_VERSION = 1
-SamplerName = Literal["threshold", "top_k", "multinomial", "full"]
-WeightCode = Literal["log_uint8", "log_uint16"]
+SEGMENT_SHARDS = 1024
+"""Shards whose records one ledger segment holds."""
+MOST_POINTS = 65_535
+"""Points of a position at most: they are counted in uint16."""
+SamplerName = Literal["systematic", "multinomial", "top_k", "full"]
 
 
 class SamplerSpec(Document):
-    """How a next-token distribution becomes a few entries. Shape-giving: stored in the manifest."""
+    """How a next-token distribution becomes a few entries: `points` points, each on an id.
+
+    Shape-giving, and stored in the manifest.
+    """
 
     name: SamplerName = Field(
-        "threshold",
-        description="threshold: exact head, systematically sampled tail, one threshold per block; "
-        "top_k; multinomial: draws with replacement (random-sampling KD); full: all of a small "
-        "vocabulary.",
+        description="systematic: evenly spaced points over the cumulated probabilities; "
+        "multinomial: independent draws (random-sampling KD); top_k: the most probable ids and "
+        "the rest as one; full: all of a small vocabulary.",
     )
-    entries_per_token: int = Field(
-        12, ge=1, description="Mean entries per token; a block holds this many times its tokens."
+    points: int = Field(
+        ge=1,
+        le=MOST_POINTS,
+        description="Points per token: a weight is a whole number of them, over their number.",
     )
-    block_tokens: int = Field(
-        256, ge=1, description="Tokens that share one budget, and one threshold; divides L."
+    slots_per_token: int = Field(
+        ge=1, description="A block has this many entry slots for each of its tokens."
     )
-    draws: int | None = Field(
-        None, ge=1, description="Draws per token; for multinomial, and for it alone."
-    )
+    block_tokens: int = Field(ge=1, description="Tokens that share slots; divides L.")
     temperature: float = Field(
         1.0, gt=0, description="Divides the soft-capped logits before anything is sampled."
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.name == "multinomial") != (self.draws is not None):
-            raise ValueError(
-                "draws must be given for the multinomial sampler and for no other, but the "
-                f"sampler is {self.name} with draws={self.draws}"
-            )
-        return self
-
     @property
-    def entries_per_block(self) -> int:
+    def slots_per_block(self) -> int:
         """Entry slots of one block of `block_tokens` tokens."""
-        return self.entries_per_token * self.block_tokens
+        return self.slots_per_token * self.block_tokens
 
 
 class SourceFile(Document):
@@ -73,6 +69,35 @@ class Split(Document):
     tokens: int = Field(ge=0, description="Tokens that are not padding.")
 
 
+class Corpus(Document):
+    """The source files of a store's tokens and how they were split: `corpus/SHA256.json`.
+
+    Apart from the manifest, so that opening a store costs the same however many files it has.
+    """
+
+    sources: tuple[SourceFile, ...]
+    splits: tuple[Split, ...]
+
+    def summary(self) -> "CorpusSummary":
+        return CorpusSummary(
+            sha256=self.fingerprint(),
+            files=len(self.sources),
+            file_bytes=sum(source.size_bytes for source in self.sources),
+            documents=sum(source.documents for source in self.sources),
+            text_bytes=sum(source.text_bytes for source in self.sources),
+        )
+
+
+class CorpusSummary(Document):
+    """What the tokens manifest says of its corpus."""
+
+    sha256: str = Field(description="Fingerprint of the Corpus document.")
+    files: int = Field(ge=0)
+    file_bytes: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
+
+
 class TokenizerInfo(Document):
     """Identity of a SentencePiece model: the file's SHA-256 and what its ids mean."""
 
@@ -92,8 +117,7 @@ class TokensManifest(Document):
     num_sequences: int = Field(ge=1, description="N, rows of every array.")
     sequence_tokens: int = Field(ge=2, description="L, tokens of one row.")
     shard_sequences: int = Field(ge=1, description="Rows of one shard; the last may hold fewer.")
-    sources: tuple[SourceFile, ...]
-    splits: tuple[Split, ...]
+    corpus: CorpusSummary
     software: dict[str, str]
 
     @property
@@ -112,6 +136,15 @@ class TeacherInfo(Document):
     )
 
 
+class VocabularyInfo(Document):
+    """The tables by which entries are coded, which lie beside the shards."""
+
+    num_buckets: int = Field(ge=1, le=2**16)
+    order_sha256: str = Field(description="Of `vocabulary_order`, uint32 little-endian.")
+    buckets_sha256: str = Field(description="Of `bucket_bits`, uint8.")
+    sampling_sha256: str = Field(description="Of `sampling_order`, uint32 little-endian.")
+
+
 class TargetsManifest(Document):
     """What one set of targets is: which teacher, over which tokens, sampled how."""
 
@@ -123,8 +156,9 @@ class TargetsManifest(Document):
     shard_sequences: int = Field(ge=1)
     teacher: TeacherInfo
     sampler: SamplerSpec
-    weight_code: WeightCode
+    vocabulary: VocabularyInfo
     seed: int = Field(ge=0, lt=2**64)
+    dtype: Literal["float32", "bfloat16"] = Field(description="The teacher's arithmetic.")
     batch_sequences: int = Field(
         ge=1, description="The teacher's fixed batch: equal bytes are promised for an equal shape."
     )
@@ -147,9 +181,9 @@ class TargetsManifest(Document):
         return self.sequence_tokens // self.sampler.block_tokens
 
     @property
-    def entries_per_sequence(self) -> int:
+    def slots_per_sequence(self) -> int:
         """E, entry slots of one row."""
-        return self.sequence_tokens * self.sampler.entries_per_token
+        return self.sequence_tokens * self.sampler.slots_per_token
 
 
 class ShardSpec(Document):
@@ -180,18 +214,20 @@ class ShardStatistics(Document):
     entropy_sum_nats: float = 0.0
     label_logprob_sum_nats: float = 0.0
 
+    def plus(self, other: "ShardStatistics") -> "ShardStatistics":
+        """The sums over both."""
+        sums = {name: value + getattr(other, name) for name, value in self}
+        sums["max_entries"] = max(self.max_entries, other.max_entries)
+        return ShardStatistics(**sums)
 
-class LedgerRecord(Document):
-    """Proof that a shard is whole; written once, after its data, and never changed."""
 
-    spec: ShardSpec
-    tokens_sha256: str = Field(description="Of the rows' token ids, int32 little-endian, C order.")
-    files: tuple[ShardFile, ...]
-    statistics: ShardStatistics
-    checksum: str = Field("", description="SHA-256 of this record with an empty checksum.")
+class _Sealed(Document):
+    """A document that carries the SHA-256 of itself with an empty checksum."""
 
-    def sealed(self) -> "LedgerRecord":
-        """The record with its checksum filled in."""
+    checksum: str = Field("", description="SHA-256 of this document with an empty checksum.")
+
+    def sealed(self) -> Self:
+        """The document with its checksum filled in."""
         return self.model_copy(update={"checksum": self._digest()})
 
     def is_intact(self) -> bool:
@@ -200,6 +236,26 @@ class LedgerRecord(Document):
     def _digest(self) -> str:
         bare = self.model_copy(update={"checksum": ""})
         return hashlib.sha256(bare.canonical_json().encode()).hexdigest()
+
+
+class LedgerRecord(_Sealed):
+    """Proof that a shard is whole; written once, after its data, and never changed."""
+
+    spec: ShardSpec
+    tokens_sha256: str = Field(description="Of the rows' token ids, int32 little-endian, C order.")
+    files: tuple[ShardFile, ...]
+    statistics: ShardStatistics
+
+
+class LedgerSummary(_Sealed):
+    """Proof that every shard is committed, with their sums; written once, by the driver."""
+
+    manifest_fingerprint: str
+    num_shards: int = Field(ge=1)
+    segments_sha256: tuple[str, ...] = Field(description="Of each ledger segment, in order.")
+    statistics: ShardStatistics
+    array_bytes: dict[str, int] = Field(description="Stored bytes of each array's shards.")
+    record_bytes: int = Field(ge=0)
 
 
 Manifest = TokensManifest | TargetsManifest

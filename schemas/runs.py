@@ -11,11 +11,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from schemas.accelerators import ACCELERATORS
 from schemas.base import Document
-from schemas.manifest import SamplerSpec, WeightCode
+from schemas.manifest import MOST_POINTS, SamplerName, SamplerSpec
 
 DEFAULT_SEQUENCE_TOKENS = 8192
 DEFAULT_SHARD_SEQUENCES = 256
 MAX_TOKENS = 10**18
+_BLOCK_TOKENS = 1024
 
 
 class CorpusConfig(Document):
@@ -45,6 +46,71 @@ class TokenizeConfig(Document):
     )
 
 
+class SamplerConfig(Document):
+    """How the teacher's distributions are sampled, as a user says it; `spec` makes it definite."""
+
+    name: SamplerName = Field(
+        "systematic",
+        description="systematic: evenly spaced points over the cumulated probabilities, unbiased; "
+        "multinomial: independent draws (random-sampling KD), unbiased; top_k: the most probable "
+        "ids and the rest as one, biased; full: all of a small vocabulary.",
+    )
+    entries_per_token: int = Field(
+        12, ge=1, description="Mean entries per token; for top_k, that of every token."
+    )
+    points: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_POINTS,
+        description="Points (draws) per token, of systematic and multinomial: the more, the finer. "
+        "Default: as many as give entries_per_token on a sample of the rows.",
+    )
+    slots_per_token: int | None = Field(
+        None,
+        ge=1,
+        description="Most entries per token over a block; a harder block gets fewer points. "
+        "Default: half as many again as entries_per_token.",
+    )
+    block_tokens: int | None = Field(
+        None, ge=1, description="Tokens that share slots; divides L. Default: 1024, or all of L."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides the soft-capped logits before anything is sampled."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.points is not None and not self.has_points:
+            raise ValueError(
+                f"points must be given for systematic or multinomial alone, but the sampler is "
+                f"{self.name}; leave them out"
+            )
+        return self
+
+    @property
+    def has_points(self) -> bool:
+        """Whether the number of points is a choice; else weights are as exact as can be stored."""
+        return self.name in ("systematic", "multinomial")
+
+    def spec(self, points: int | None, sequence_tokens: int, vocab_size: int) -> SamplerSpec:
+        """The definite form for rows of L tokens; `points` is used where the config has none."""
+        slots = {
+            "systematic": -(-3 * self.entries_per_token // 2),
+            "multinomial": -(-3 * self.entries_per_token // 2),
+            # The rest takes a slot too.
+            "top_k": self.entries_per_token + 1,
+            "full": vocab_size,
+        }[self.name]
+        block = _BLOCK_TOKENS if sequence_tokens % _BLOCK_TOKENS == 0 else sequence_tokens
+        return SamplerSpec(
+            name=self.name,
+            points=(self.points or points) if self.has_points else MOST_POINTS,
+            slots_per_token=self.slots_per_token or slots,
+            block_tokens=self.block_tokens or block,
+            temperature=self.temperature,
+        )
+
+
 class DumpConfig(Document):
     """Teacher targets for a store's tokens: `retort dump`."""
 
@@ -53,10 +119,7 @@ class DumpConfig(Document):
     name: str = Field(
         "default", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of this set of targets."
     )
-    sampler: SamplerSpec = SamplerSpec()
-    weight_code: WeightCode = Field(
-        "log_uint8", description="Width of a stored weight; log_uint16 for sharp teachers."
-    )
+    sampler: SamplerConfig = SamplerConfig()
     seed: int = Field(0, ge=0, lt=2**64)
     batch_sequences: int = Field(1, ge=1, description="Fixed batch shape of the teacher.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Teacher's arithmetic.")
@@ -192,9 +255,8 @@ class PlanConfig(Document):
         ge=1, le=MAX_TOKENS, description="Tokens of the corpus, for instance 2e12 or 500e9."
     )
     entries: int = Field(
-        SamplerSpec().entries_per_token, ge=1, description="Mean entries per token."
+        SamplerConfig().entries_per_token, ge=1, description="Mean entries per token."
     )
-    weight_code: WeightCode = Field("log_uint8", description="Width of a stored weight.")
     teacher: str = Field(
         "gemma2-27b", description="Preset name, or a YAML or JSON file of a ModelConfig."
     )

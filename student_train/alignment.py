@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from logit_store.codec import entry_positions
 from logit_store.layout import predicted_mask
 from schemas.errors import AlignmentError
+from schemas.manifest import SamplerSpec
 from student_train.data import Batch
 
 
@@ -21,13 +23,18 @@ class NeighbourWeights(NamedTuple):
     after_next: float
 
 
-def neighbour_weights(batch: Batch) -> NeighbourWeights:
+def neighbour_weights(batch: Batch, sampler: SamplerSpec) -> NeighbourWeights:
     """Means over the positions t of which t + 1 and t + 2 are of the same document; NumPy only."""
     tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segment_ids)
     usable = predicted_mask(segments)
     usable[:, :-1] &= usable[:, 1:]
     row = np.arange(len(tokens))[:, None]
-    position = np.asarray(batch.entry_position)
+    position = entry_positions(
+        np.asarray(batch.head_count),
+        np.asarray(batch.tail_count),
+        sampler.block_tokens,
+        sampler.slots_per_block,
+    )
     entry_usable = usable[row, position] & (np.asarray(batch.entry_id) >= 0)
     count = max(1, int(usable.sum()))
     means = []
@@ -38,9 +45,9 @@ def neighbour_weights(batch: Batch) -> NeighbourWeights:
     return NeighbourWeights(*means)
 
 
-def check_alignment(batch: Batch, where: str) -> NeighbourWeights:
+def check_alignment(batch: Batch, sampler: SamplerSpec, where: str) -> NeighbourWeights:
     """Raise AlignmentError unless the next token's mean weight exceeds both its neighbours'."""
-    found = neighbour_weights(batch)
+    found = neighbour_weights(batch, sampler)
     if not found.next > max(found.own, found.after_next):
         raise AlignmentError(
             "Stored targets must put more weight on the next token than on its neighbours, but "

@@ -31,10 +31,12 @@ class Batch(NamedTuple):
     """int32 [B, L], 0 for padding."""
     entry_id: np.ndarray | jax.Array
     """int32 [B, E], -1 in unused slots."""
-    entry_position: np.ndarray | jax.Array
-    """int32 [B, E], position in the row."""
     entry_weight: np.ndarray | jax.Array
     """float32 [B, E], 0 in unused slots."""
+    head_count: np.ndarray | jax.Array
+    """uint16 [B, L], entries of each position that come first in their block's slots."""
+    tail_count: np.ndarray | jax.Array
+    """uint16 [B, L], entries of each position that follow those."""
     teacher_entropy: np.ndarray | jax.Array
     """float32 [B, L], nats; zeros without stored targets."""
     label_logprob: np.ndarray | jax.Array
@@ -116,9 +118,9 @@ class StoreSource:
         self.tokens_manifest = self._tokens.manifest
         self.targets_manifest = None if self._targets is None else self._targets.manifest
         for what, reader in (("tokens", self._tokens), (f"targets '{targets}'", self._targets)):
-            if reader is not None and len(reader.committed) < reader.manifest.num_shards:
+            if reader is not None and not reader.committed.all():
                 raise IncompleteStoreError(
-                    f"Training draws from all rows, but only {len(reader.committed)} of the "
+                    f"Training draws from all rows, but only {reader.committed.sum()} of the "
                     f"{reader.manifest.num_shards} shards of the {what} of {store} are committed; "
                     "run the job that writes them again."
                 )
@@ -128,14 +130,17 @@ class StoreSource:
             found = self._tokens.rows(rows)
             return label_batch(found.tokens, found.segment_ids)
         stored = self._targets.rows(rows)
+        # What top_k stores of all other ids is no id to learn from.
+        is_rest = stored.entry_id == self._targets.manifest.teacher.vocab_size
+        stored.entry_id[is_rest], stored.entry_weight[is_rest] = -1, 0.0
         return Batch(*(getattr(stored, name) for name in Batch._fields))
 
 
 def label_batch(tokens: np.ndarray, segment_ids: np.ndarray) -> Batch:
     """A batch without stored targets."""
     none = np.zeros((len(tokens), 0), np.int32)
-    zeros = np.zeros(tokens.shape, np.float32)
-    return Batch(tokens, segment_ids, none, none, none.astype(np.float32), zeros, zeros)
+    counts, zeros = np.zeros(tokens.shape, np.uint16), np.zeros(tokens.shape, np.float32)
+    return Batch(tokens, segment_ids, none, none.astype(np.float32), counts, counts, zeros, zeros)
 
 
 def row_order(source: Source, seed: int) -> RowOrder:

@@ -209,7 +209,9 @@ class _Run:
     def _check_alignment(self) -> None:
         count = min(ALIGNMENT_SEQUENCES, self.order.num_rows)
         batch = self.source.read(np.unique(self.order.rows(0, count)))
-        alignment.check_alignment(batch, f"'{self.config.targets}' of {self.config.store}")
+        assert self.source.targets_manifest is not None
+        sampler = self.source.targets_manifest.sampler
+        alignment.check_alignment(batch, sampler, f"'{self.config.targets}' of {self.config.store}")
 
     def _first_state(self, checkpoints: Checkpoints) -> tuple[State, int | None]:
         """The newest checkpoint's state and its step, or a new state and None."""

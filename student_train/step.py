@@ -20,6 +20,7 @@ from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
 from student_train import mesh as meshes
 from student_train.data import Batch
+from student_train.entries import entry_positions
 from student_train.loss import Head, LossSums, Targets, sparse_target_loss
 from student_train.optimizer import learning_rate, make_optimizer
 
@@ -104,7 +105,7 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State
 
 def abstract_batch(batch: int, tokens: int, targets: TargetsManifest | None, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a global batch."""
-    entries = 0 if targets is None else targets.entries_per_sequence
+    entries = 0 if targets is None else targets.slots_per_sequence
     where = meshes.rows_sharding(mesh)
 
     def array(width: int, dtype: Any) -> Any:
@@ -114,8 +115,9 @@ def abstract_batch(batch: int, tokens: int, targets: TargetsManifest | None, mes
         tokens=array(tokens, jnp.int32),
         segment_ids=array(tokens, jnp.int32),
         entry_id=array(entries, jnp.int32),
-        entry_position=array(entries, jnp.int32),
         entry_weight=array(entries, jnp.float32),
+        head_count=array(tokens, jnp.uint16),
+        tail_count=array(tokens, jnp.uint16),
         teacher_entropy=array(tokens, jnp.float32),
         label_logprob=array(tokens, jnp.float32),
     )
@@ -172,7 +174,12 @@ def make_objective(
             labels=next_tokens(jnp.asarray(batch.tokens)),
             label_weight=weight,
             entry_id=jnp.asarray(batch.entry_id),
-            entry_position=jnp.asarray(batch.entry_position),
+            entry_position=entry_positions(
+                jnp.asarray(batch.head_count),
+                jnp.asarray(batch.tail_count),
+                head.block_tokens,
+                batch.entry_id.shape[1],
+            ),
             entry_weight=jnp.asarray(batch.entry_weight),
             entry_scale=weight,
         )

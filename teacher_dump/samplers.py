@@ -1,12 +1,11 @@
-"""Samplers: from a block's next-token distributions to a fixed number of stored entries (JAX).
+"""Samplers on the accelerator: a tile's next-token distributions to points on ids (JAX).
 
-Each sampler proposes entries (position, id, weight); one shared step sorts them, merges repeats
-and counts. Nothing of the size of a block times the vocabulary is sorted, cumulated or copied:
-picks are found by searching the sums of chunks of the vocabulary, then one chunk. Shapes are fixed.
+A tile is a run of a row's positions whose scores exist at once. Its scores are read once, for the
+sums of chunks of the vocabulary; all else works on those sums and on the few chunks that a point
+falls into. `teacher_dump.targets` settles what is proposed here into the entries that are stored.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,326 +15,268 @@ from jax import Array
 from schemas.errors import BudgetError
 from schemas.manifest import SamplerName, SamplerSpec
 
-_CHUNK = 128
-_MAX_PASSES = 64
-# A tail entry's inclusion probability stays this far below 1, so that float32 rounding (1e-5 at
-# 200 picks in one position) cannot pick it twice. Larger would put more heads below the tail's
-# weight, and then tail codes are no longer all 0.
-_HEAD_SLACK = 1e-4
-# A position's chunk masses are cumulated as integers that sum to about this.
+CHUNK = 128
+"""Ids that are summed together; the vocabulary of the scores is padded to a multiple of it."""
+LARGEST_SCORE_WITHOUT_MAXIMUM = 60.0
+"""Scores within ±60 need no maximum: e^60 · 2^20 ids stays within float32, in both directions."""
+
+# Chunks with a point, and entries, that a tile has room for: so many times the slots of its blocks.
+# What fills the slots is thinned later, which wants to see all that there is.
+_ROOM = 2
+# A position's chunk sums are cumulated as integers that end at 2^30 exactly.
 _FULL_BITS = 30
-# A float32 in [0, 1) has this many bits; the rest of an integer in [0, 2^30) is drawn at random.
-_FLOAT_BITS = 24
-_NOWHERE = jnp.iinfo(jnp.int32).max
+_HALF_BITS = _FULL_BITS // 2
+_HALF_MASK = 2**_HALF_BITS - 1
+_UNIT = 2.0**-_FULL_BITS
 # Smallest normal float32: below, a probability is 0 (some devices flush such numbers anyway).
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-class BlockTargets(NamedTuple):
-    """Entries of one block of B positions; K slots, used ones first, sorted by (position, id).
+class Tile(NamedTuple):
+    """Next-token distributions of B positions over C chunks of ids.
 
-    entry_id int32 [K], -1 unused; entry_position int32 [K], B - 1 unused; entry_weight float32 [K],
-    0 unused; entry_count int32 [B]; floor float32 [], the smallest used weight (1 if none is used);
-    overflow bool [], True if entries did not fit and the block must be refused.
+    scores float32 [B, C, CHUNK], -inf for what is no id; predicted bool [B]; log_total float32 [B],
+    the scores' log-sum-exp; mass float32 [B, C], the sum of a chunk's probabilities.
     """
 
-    entry_id: Array
-    entry_position: Array
-    entry_weight: Array
-    entry_count: Array
-    floor: Array
-    overflow: Array
+    scores: Array
+    predicted: Array
+    log_total: Array
+    mass: Array
+
+    def probabilities(self, position: Array, chunk: Array) -> Array:
+        """float32 [M, CHUNK] of chunks [M] of positions [M]."""
+        p = jnp.exp(self.scores[position, chunk] - self.log_total[position][:, None])
+        return jnp.where(p < _TINY, 0.0, p)
 
 
-class _Proposed(NamedTuple):
-    """flat int32 [M]: position * V + id, or _NOWHERE; weight float32 [M]."""
+class Candidates(NamedTuple):
+    """position, id int32 [M]; points [M], 0 where there is no candidate.
 
-    flat: Array
-    weight: Array
+    int32 where the sampler draws points, float32 where it proposes exact probabilities as points.
+    """
+
+    position: Array
+    id: Array
+    points: Array
 
 
 class Sampler(NamedTuple):
-    """propose(spec, p float32 [B, V], predicted bool [B], key) -> entries, and what it promises."""
+    """propose(spec, vocab_size, tile, key) → candidates, and what it promises."""
 
-    propose: Callable[[SamplerSpec, Array, Array, Array], _Proposed]
+    propose: Callable[[SamplerSpec, int, Tile, Array], Candidates]
     unbiased: bool
     """Whether the mean of the weights over seeds is the teacher's probability."""
 
 
 def check(spec: SamplerSpec, vocab_size: int) -> None:
     """Raise BudgetError if `spec` cannot be met at this vocabulary, before anything is computed."""
-    if spec.name == "full" and spec.entries_per_token != vocab_size:
+    if spec.name == "full" and spec.slots_per_token != vocab_size:
         raise BudgetError(
-            f"The full sampler stores the whole vocabulary, so entries_per_token must be "
-            f"{vocab_size}, but it is {spec.entries_per_token}; set it so."
+            f"The full sampler stores the whole vocabulary, so slots_per_token must be "
+            f"{vocab_size}, but it is {spec.slots_per_token}; set it so."
         )
-    if spec.entries_per_token > vocab_size:
+    if spec.slots_per_token > vocab_size + 1:
         raise BudgetError(
-            f"entries_per_token must be at most the vocabulary size {vocab_size}, but it is "
-            f"{spec.entries_per_token}; lower it."
+            f"slots_per_token must be at most the vocabulary's {vocab_size} ids and the rest, but "
+            f"it is {spec.slots_per_token}; lower it."
         )
-    if spec.block_tokens * vocab_size >= _NOWHERE:
+    if spec.name == "top_k" and spec.slots_per_token < 2:
         raise BudgetError(
-            f"block_tokens times the vocabulary size must be below {_NOWHERE}, but it is "
-            f"{spec.block_tokens} x {vocab_size}; use a shorter block."
+            "top_k needs a slot for an id and one for the rest, but slots_per_token is "
+            f"{spec.slots_per_token}; raise it."
         )
 
 
-def sample_block(spec: SamplerSpec, log_probs: Array, predicted: Array, key: Array) -> BlockTargets:
-    """Sample one block: log_probs float32 [B, V] (-inf: never), predicted bool [B], a PRNG key.
+def make_tile(scores: Array, predicted: Array, largest_score: float | None) -> tuple[Tile, Array]:
+    """A tile and the entropy float32 [B] in nats of scores [B, V], V a multiple of CHUNK.
 
-    Positions that are not predicted get no entries. A pure function of its arguments.
+    largest_score bounds the finite scores' magnitude, if it is known; -inf is no id.
     """
-    p = jnp.where(predicted[:, None], jnp.exp(log_probs), 0.0)
-    p = jnp.where(p < _TINY, 0.0, p)
-    proposed = SAMPLERS[spec.name].propose(spec, p, predicted, key)
-    return _settle(proposed, spec.entries_per_block, *p.shape)
+    rows, vocab = scores.shape
+    if largest_score is not None and largest_score <= LARGEST_SCORE_WITHOUT_MAXIMUM:
+        shift = jnp.zeros((rows,), jnp.float32)
+    else:
+        shift = jnp.max(scores, axis=1)
+    chunked = scores.reshape(rows, vocab // CHUNK, CHUNK)
+    shifted = chunked - shift[:, None, None]
+    e = jnp.exp(shifted)
+    sums = jnp.sum(e, axis=2)
+    # Together with the sums, so that the scores are read once.
+    moments = jnp.sum(jnp.where(e > 0.0, e * shifted, 0.0), axis=2)
+    total = jnp.sum(sums, axis=1)
+    entropy = jnp.log(total) - jnp.sum(moments, axis=1) / total
+    tile = Tile(chunked, predicted, shift + jnp.log(total), sums / total[:, None])
+    return tile, jnp.where(predicted, jnp.maximum(entropy, 0.0), 0.0)
 
 
-def _settle(proposed: _Proposed, slots: int, positions: int, vocab: int) -> BlockTargets:
-    """Sort, merge entries of the same position and id (weights add up), count, cut to `slots`."""
-    flat, weight = jax.lax.sort((proposed.flat, proposed.weight), num_keys=1)
-    is_first = jnp.concatenate([jnp.ones((1,), bool), flat[1:] != flat[:-1]])
-    used = flat != _NOWHERE
-    group = jnp.cumsum(is_first.astype(jnp.int32)) - 1
-    merged_weight = (
-        jnp.zeros((slots,), jnp.float32).at[group].add(jnp.where(used, weight, 0.0), mode="drop")
+def propose(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> Candidates:
+    """The sampler's candidates: a pure function of its arguments."""
+    return SAMPLERS[spec.name].propose(spec, vocab_size, tile, key)
+
+
+def expected_entries(name: SamplerName, tile: Tile, points: Array) -> Array:
+    """float32 [P]: the expected number of entries of a tile for each of `points` int32 [P]."""
+    p = jnp.exp(tile.scores - tile.log_total[:, None, None])
+    p = jnp.where(tile.predicted[:, None, None], p, 0.0)
+
+    def count(number: Array) -> Array:
+        n = number.astype(jnp.float32)
+        if name == "systematic":
+            return jnp.sum(jnp.minimum(p * n, 1.0))
+        return jnp.sum(-jnp.expm1(n * jnp.log1p(-jnp.minimum(p, 1.0))))
+
+    return jax.lax.map(count, points)
+
+
+def _systematic(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> Candidates:
+    """Evenly spaced points over each position's cumulated probabilities, from a random one on.
+
+    An id of probability p gets floor(points · p) of them or one more, so that p is met in the mean
+    and missed by less than one point: systematic sampling (Madow 1949; Szegedy and Thorup 2007 on
+    why nothing unbiased does better for all sums). An id of p < 1 / points is included with
+    probability points · p, as in threshold sampling.
+    """
+    positions, chunks = tile.mass.shape
+    place_key, rest_key = jax.random.split(key)
+    ends = _integer_ends(tile.mass)
+    starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
+    offset = jax.random.bits(place_key, (positions,), jnp.uint32) >> (32 - _FULL_BITS)
+    # Below the integers' unit a point's place is drawn too; it never moves it to another chunk.
+    below_unit = jax.random.uniform(rest_key, (positions,))
+    most = min(_ROOM * spec.slots_per_token, spec.points) * positions
+    room, entry_room = min(most, positions * chunks), min(most, positions * vocab_size)
+
+    def attempt(points: Array) -> tuple[Array, Array, Array, Array]:
+        """Of the chunks with a point: position, chunk [room], points [room, CHUNK], whether all."""
+        before, _ = _grid(starts, offset[:, None], points)
+        after, _ = _grid(ends, offset[:, None], points)
+        inside = jnp.where(tile.predicted[:, None], (after - before).astype(jnp.int32), 0)
+        hits = inside.reshape(-1) > 0
+        flat = jnp.nonzero(hits, size=room, fill_value=0)[0].astype(jnp.int32)
+        position, chunk = flat // chunks, flat % chunks
+        total = jnp.where(jnp.arange(room) < jnp.sum(hits), inside[position, chunk], 0)
+        _, since = _grid(starts[position, chunk], offset[position], points)
+        # In grid steps, from the chunk's start: the first point, and the ends of the ids.
+        first = ((2**_FULL_BITS - since).astype(jnp.float32) - below_unit[position]) * _UNIT
+        width = (ends - starts)[position, chunk].astype(jnp.float32)
+        p = tile.probabilities(position, chunk)
+        share = jnp.cumsum(p, axis=1)
+        share = share / jnp.maximum(share[:, -1:], _TINY)
+        steps = width * points.astype(jnp.float32) * _UNIT
+        passed = jnp.floor(share * steps[:, None] - first[:, None]).astype(jnp.int32) + 1
+        # A chunk's number of points is exact; rounding here can only move one between its ids.
+        last = CHUNK - 1 - jnp.argmax((p > 0.0)[:, ::-1], axis=1)
+        is_end = jnp.arange(CHUNK)[None, :] >= last[:, None]
+        passed = jnp.where(is_end, total[:, None], jnp.clip(passed, 0, total[:, None]))
+        counts = jnp.diff(passed, axis=1, prepend=0)
+        fits = (jnp.sum(hits) <= room) & (jnp.sum(counts > 0) <= entry_room)
+        return position, chunk, counts, fits
+
+    # A tile with more entries than there is room for is far from fitting its slots, so its points
+    # are halved; all others, which is nearly all, take one attempt.
+    state = (
+        jnp.int32(2 * spec.points),
+        jnp.zeros((room,), jnp.int32),
+        jnp.zeros((room,), jnp.int32),
+        jnp.zeros((room, CHUNK), jnp.int32),
+        jnp.bool_(False),
     )
-    merged_flat = jnp.full((slots,), _NOWHERE, jnp.int32).at[group].set(flat, mode="drop")
-    total = jnp.sum(is_first & used)
-    in_use = merged_flat != _NOWHERE
-    position = jnp.where(in_use, merged_flat // vocab, positions - 1)
-    counts = jnp.zeros((positions,), jnp.int32).at[position].add(in_use.astype(jnp.int32))
-    floor = jnp.min(jnp.where(in_use, merged_weight, 1.0))
-    return BlockTargets(
-        entry_id=jnp.where(in_use, merged_flat % vocab, -1),
-        entry_position=position,
-        entry_weight=jnp.where(in_use, merged_weight, 0.0),
-        entry_count=counts,
-        floor=floor,
-        overflow=total > slots,
+    _, position, chunk, counts, _ = jax.lax.while_loop(
+        lambda state: ~state[4] & (state[0] > 1),
+        lambda state: (state[0] // 2, *attempt(state[0] // 2)),
+        state,
     )
+    used = counts.reshape(-1) > 0
+    flat = jnp.nonzero(used, size=entry_room, fill_value=0)[0].astype(jnp.int32)
+    points = jnp.where(jnp.arange(entry_room) < jnp.sum(used), counts.reshape(-1)[flat], 0)
+    hit, inside = flat // CHUNK, flat % CHUNK
+    return Candidates(position[hit], chunk[hit] * CHUNK + inside, points)
 
 
-def _threshold(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Proposed:
-    """Exact head, systematically sampled tail (VarOpt; Szegedy and Thorup, 2007).
-
-    With tau such that sum(min(1, p / tau)) is the budget, p >= tau is kept as it is and the rest is
-    included with probability p / tau and weight tau. Systematic sampling over (position, id) order
-    makes the number of entries exact.
-    """
-    slots = spec.entries_per_block
-    vocab = p.shape[1]
-    chunked = _chunked(p)
-    tau = _solve_tau(p, slots)
-    slack = jnp.maximum(tau * (1.0 - _HEAD_SLACK), _TINY)
-    heads, tail = _head_and_tail(chunked, slack)
-    # Where near-heads would use up the budget of the tail (all p about equal), they stay in it.
-    fits = (jnp.sum(heads) < slots) | (jnp.sum(tail) == 0.0)
-    limit = jnp.where(fits, slack, jnp.maximum(tau, _TINY))
-    heads, tail = jax.lax.cond(fits, lambda: (heads, tail), lambda: _head_and_tail(chunked, limit))
-    num_heads = jnp.sum(heads)
-    mass = jnp.sum(tail, axis=1)
-    total = jnp.sum(mass)
-    num_tails = jnp.where(total > 0.0, slots - num_heads, 0)
-    spacing = jnp.where(num_tails > 0, total / jnp.maximum(num_tails, 1).astype(jnp.float32), 1.0)
-
-    index = jnp.arange(slots)
-    head = _nth_head(chunked, heads, limit, index, vocab)
-    head = jnp.where(index < num_heads, head, _NOWHERE)
-    head_weight = p.reshape(-1)[jnp.minimum(head, p.size - 1)]
-
-    offset_key, pick_key = jax.random.split(key)
-    position, fraction = _systematic(mass / spacing, num_tails, slots, offset_key)
-    picked = _pick(chunked, tail, limit, position, fraction, pick_key, vocab)
-    picked = jnp.where(index < num_tails, picked, _NOWHERE)
-    return _Proposed(
-        jnp.concatenate([head, picked]),
-        jnp.concatenate([head_weight, jnp.broadcast_to(spacing, (slots,))]),
-    )
-
-
-def _solve_tau(p: Array, slots: int) -> Array:
-    """tau with sum(min(1, p / tau)) = slots; if no more than that are above zero, tau <= them all.
-
-    From tau = mass / slots, the step tau <- tail mass / (slots - heads) only falls and ends at the
-    solution once the number of heads stays the same: 2 to 6 passes on a language model's blocks. A
-    pass that adds one head has divided tau by the slots left, so float32's range bounds the passes
-    by about 35 (log 35! > 87), below _MAX_PASSES.
-    """
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        tau, heads, passes = state
-        is_head = p >= tau
-        now = jnp.sum(is_head)
-        tail = jnp.sum(jnp.where(is_head, 0.0, p))
-        room = jnp.maximum(slots - now, 1).astype(jnp.float32)
-        new = jnp.where(now < slots, tail / room, tau)
-        same = now == heads
-        return jnp.where(same, tau, new), now, jnp.where(same, _MAX_PASSES, passes + 1)
-
-    start = (jnp.sum(p) / slots, jnp.int32(-1), jnp.int32(0))
-    tau, _, _ = jax.lax.while_loop(lambda state: state[2] < _MAX_PASSES, step, start)
-    return tau
-
-
-def _head_and_tail(chunked: Array, limit: Array) -> tuple[Array, Array]:
-    """Per chunk, how many p >= limit int32 [B, C] and the mass of the others float32 [B, C]."""
-    is_head = chunked >= limit
-    heads = jnp.sum(is_head, axis=2, dtype=jnp.int32)
-    return heads, jnp.sum(jnp.where(is_head, 0.0, chunked), axis=2)
-
-
-def _systematic(mass: Array, total: Array, slots: int, key: Array) -> tuple[Array, Array]:
-    """Grid points u, u + 1, … over positions of given mass [B] (in grid steps, sum `total`).
-
-    Returns for each of `slots` points its position int32 and where in the position's mass it falls,
-    float32 in [0, 1]. Sums over positions are exact, in fixed point: float32 would misplace points
-    by 1e-4 steps, more than the mass of most vocabulary entries.
-    """
-    bits = _FULL_BITS - (mass.shape[0] - 1).bit_length()
-    unit = jnp.float32(2**bits)
-    whole = jnp.floor(mass)
-    fraction = jnp.round((mass - whole) * unit).astype(jnp.uint32)
-    whole = whole.astype(jnp.int32)
-    # Give what rounding left over to the largest position, so that the total is exact.
-    carry = jnp.sum(fraction)
-    have = jnp.sum(whole) + (carry >> bits).astype(jnp.int32)
-    rest = (carry & jnp.uint32(2**bits - 1)).astype(jnp.int32)
-    missing = (total.astype(jnp.int32) - have) * 2**bits - rest
-    largest = jnp.argmax(mass)
-    adjusted = fraction[largest].astype(jnp.int32) + missing
-    whole = whole.at[largest].add(adjusted >> bits)
-    fraction = fraction.at[largest].set((adjusted & (2**bits - 1)).astype(jnp.uint32))
-
-    offset_key, rest_key = jax.random.split(key)
-    offset = jax.random.bits(offset_key, (), jnp.uint32) >> (32 - bits)
-    # Points at or before the end of each position: floor(cumulative mass + 1 - u) for u in (0, 1].
-    fractions = jnp.cumsum(fraction) + offset
-    reached = jnp.cumsum(whole) + (fractions >> bits).astype(jnp.int32)
-    before = jnp.concatenate([jnp.zeros((1,), jnp.int32), reached[:-1]])
-    # The first point of a position lies 1 - frac(start + offset) after its start.
-    start = jnp.concatenate([offset[None], fractions[:-1]]) & jnp.uint32(2**bits - 1)
-    first = (jnp.uint32(2**bits) - start).astype(jnp.float32) / unit
-    index = jnp.arange(slots)
-    position = jnp.minimum(jnp.searchsorted(reached, index, side="right"), mass.shape[0] - 1)
-    # Below the fixed point's unit the offset is drawn too; it never moves a point's position.
-    below_unit = jax.random.uniform(rest_key) / unit
-    point = first[position] - below_unit + (index - before[position]).astype(jnp.float32)
-    width = whole.astype(jnp.float32) + fraction.astype(jnp.float32) / unit
-    return position, jnp.clip(point / jnp.maximum(width[position], _TINY), 0.0, 1.0)
-
-
-def _multinomial(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Proposed:
-    """Draws with replacement, weight count / draws (random-sampling KD, arXiv 2503.16870)."""
-    assert spec.draws is not None
-    positions, vocab = p.shape
-    chunked = _chunked(p)
-    position = jnp.repeat(jnp.arange(positions), spec.draws)
-    point_key, pick_key = jax.random.split(key)
-    bits = jax.random.bits(point_key, position.shape, jnp.uint32)
-    fraction = bits.astype(jnp.float32) * 2.0**-32
-    limit = jnp.float32(jnp.inf)
-    flat = _pick(chunked, jnp.sum(chunked, axis=2), limit, position, fraction, pick_key, vocab)
-    flat = jnp.where(predicted[position], flat, _NOWHERE)
-    return _Proposed(flat, jnp.full(flat.shape, 1.0 / spec.draws, jnp.float32))
-
-
-def _top_k(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Proposed:
-    """The k most probable ids of each position with their probabilities; biased."""
-    positions, vocab = p.shape
-    weight, ids = jax.lax.top_k(p, spec.entries_per_token)
-    flat = jnp.arange(positions)[:, None] * vocab + ids
-    return _Proposed(jnp.where(weight > 0.0, flat, _NOWHERE).reshape(-1), weight.reshape(-1))
-
-
-def _full(spec: SamplerSpec, p: Array, predicted: Array, key: Array) -> _Proposed:
-    """Every id above zero."""
-    flat = jnp.arange(p.size)
-    return _Proposed(jnp.where(p.reshape(-1) > 0.0, flat, _NOWHERE), p.reshape(-1))
-
-
-SAMPLERS: dict[SamplerName, Sampler] = {
-    "threshold": Sampler(_threshold, unbiased=True),
-    "multinomial": Sampler(_multinomial, unbiased=True),
-    "full": Sampler(_full, unbiased=True),
-    "top_k": Sampler(_top_k, unbiased=False),
-}
-
-
-def _chunked(p: Array) -> Array:
-    """[B, V] as [B, C, _CHUNK], padded with zeros."""
-    positions, vocab = p.shape
-    chunks = -(-vocab // _CHUNK)
-    padded = jnp.pad(p, ((0, 0), (0, chunks * _CHUNK - vocab)))
-    return padded.reshape(positions, chunks, _CHUNK)
-
-
-def _nth_head(chunked: Array, heads: Array, limit: Array, index: Array, vocab: int) -> Array:
-    """Flat index (position * vocab + id) of the index-th p >= limit; heads int32 [B, C] of them."""
-    chunks = chunked.shape[1]
-    reached = jnp.cumsum(heads.reshape(-1))
-    chunk = jnp.minimum(jnp.searchsorted(reached, index, side="right"), reached.size - 1)
-    rank = index - (reached[chunk] - heads.reshape(-1)[chunk])
-    is_head = chunked.reshape(-1, _CHUNK)[chunk] >= limit
-    inside = jnp.argmax(jnp.cumsum(is_head, axis=1, dtype=jnp.int32) > rank[:, None], axis=1)
-    return ((chunk // chunks) * vocab + (chunk % chunks) * _CHUNK + inside).astype(jnp.int32)
-
-
-def _pick(
-    chunked: Array,
-    mass: Array,
-    limit: Array,
-    position: Array,
-    fraction: Array,
-    key: Array,
-    vocab: int,
-) -> Array:
-    """Flat index of the element of 0 < p < limit at `fraction` [M] of the mass of `position` [M].
-
-    mass float32 [B, C] is that of each chunk's elements below the limit; fraction float32 in
-    [0, 1], rounded to nearest. Chunks are cumulated as integers, which is exact; `key` draws the
-    bits of the place that rounding lost, so that an element of a billionth of the position is still
-    found with its own probability.
-    """
-    chunks = mass.shape[1]
-    end = 2**_FULL_BITS
+def _integer_ends(mass: Array) -> Array:
+    """int32 [B, C]: cumulated chunk masses [B, C] as integers, of which the last is 2^30."""
+    full = 2**_FULL_BITS
     whole = jnp.maximum(jnp.sum(mass, axis=1, keepdims=True), _TINY)
-    widths = jnp.round(mass / whole * float(end)).astype(jnp.int32)
+    widths = jnp.round(mass / whole * float(full)).astype(jnp.int32)
     # The largest chunk takes what rounding left over, so that each position's end is the same.
-    left_over = end - jnp.sum(widths, axis=1, keepdims=True)
+    left_over = full - jnp.sum(widths, axis=1, keepdims=True)
+    chunks = mass.shape[1]
     is_largest = jnp.arange(chunks)[None, :] == jnp.argmax(widths, axis=1)[:, None]
-    widths = widths + jnp.where(is_largest, left_over, 0)
-    reached = jnp.cumsum(widths, axis=1)
-    bits = jax.random.bits(key, position.shape, jnp.uint32)
-    cell = 2 ** (_FULL_BITS - _FLOAT_BITS)
-    dither = (bits & jnp.uint32(cell - 1)).astype(jnp.int32) - cell // 2
-    # Mirrored at both ends, which leaves the density even.
-    point = jnp.abs((fraction * float(end)).astype(jnp.int32) + dither)
-    point = jnp.where(point >= end, 2 * (end - 1) - point + 1, point)
+    return jnp.cumsum(widths + jnp.where(is_largest, left_over, 0), axis=1)
+
+
+def _grid(place: Array, offset: Array, points: Array) -> tuple[Array, Array]:
+    """(whole, fraction) uint32 of (place · points + offset) / 2^30, the fraction in units of 2^-30.
+
+    place ≤ 2^30, offset < 2^30, points < 2^16: exact in halves of 15 bits.
+    """
+    place, offset, points = (x.astype(jnp.uint32) for x in (place, offset, points))
+    low = (place & _HALF_MASK) * points + (offset & _HALF_MASK)
+    high = (place >> _HALF_BITS) * points + (offset >> _HALF_BITS) + (low >> _HALF_BITS)
+    return high >> _HALF_BITS, ((high & _HALF_MASK) << _HALF_BITS) | (low & _HALF_MASK)
+
+
+def _multinomial(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> Candidates:
+    """Independent draws, each a point (random-sampling KD, arXiv 2503.16870)."""
+    positions, chunks = tile.mass.shape
+    position = jnp.repeat(jnp.arange(positions, dtype=jnp.int32), spec.points)
+    place_key, noise_key = jax.random.split(key)
+    place = jax.random.bits(place_key, position.shape, jnp.uint32) >> (32 - _FULL_BITS)
+    place = place.astype(jnp.int32)
+    ends = _integer_ends(tile.mass)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
-        is_right = reached[position, middle] <= point
+        is_right = ends[position, middle] <= place
         return jnp.where(is_right, middle + 1, low), jnp.where(is_right, high, middle)
 
     low = jnp.zeros(position.shape, jnp.int32)
     high = jnp.full(position.shape, chunks - 1, jnp.int32)
     chunk, _ = jax.lax.fori_loop(0, (chunks - 1).bit_length(), halve, (low, high))
-    width = widths[position, chunk]
-    place = (point - (reached[position, chunk] - width)).astype(jnp.float32)
-    noise = (bits >> (32 - _FLOAT_BITS)).astype(jnp.float32) * 2.0**-_FLOAT_BITS
-    share = (place + noise) / jnp.maximum(width, 1).astype(jnp.float32)
-    members = chunked[position, chunk]
-    members = jnp.where(members < limit, members, 0.0)
-    cumulative = jnp.cumsum(members, axis=1)
+    start = jnp.where(chunk > 0, ends[position, jnp.maximum(chunk - 1, 0)], 0)
+    width = (ends[position, chunk] - start).astype(jnp.float32)
+    share = (place - start).astype(jnp.float32) + jax.random.uniform(noise_key, position.shape)
+    p = tile.probabilities(position, chunk)
+    cumulated = jnp.cumsum(p, axis=1)
     # Only what has mass can be picked, whatever rounding does to the sums.
-    has_mass = members > 0.0
-    past = (cumulative > (share * cumulative[:, -1])[:, None]) & has_mass
-    last = _CHUNK - 1 - jnp.argmax(has_mass[:, ::-1], axis=1)
+    past = (cumulated > (share / width * cumulated[:, -1])[:, None]) & (p > 0.0)
+    last = CHUNK - 1 - jnp.argmax((p > 0.0)[:, ::-1], axis=1)
     inside = jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), last)
-    return (position * vocab + chunk * _CHUNK + inside).astype(jnp.int32)
+    points = jnp.where(tile.predicted[position], 1, 0)
+    return Candidates(position, chunk * CHUNK + inside.astype(jnp.int32), points)
 
 
-sample_block_jit = partial(jax.jit, static_argnums=0)(sample_block)
+def _top_k(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> Candidates:
+    """The most probable ids of each position with their probabilities, and the rest; biased."""
+    positions = len(tile.mass)
+    kept = spec.slots_per_token - 1
+    best, ids = jax.lax.top_k(tile.scores.reshape(positions, -1), kept)
+    p = jnp.exp(best - tile.log_total[:, None])
+    p = jnp.concatenate([p, jnp.maximum(1.0 - jnp.sum(p, axis=1, keepdims=True), 0.0)], axis=1)
+    rest = jnp.full((positions, 1), vocab_size, jnp.int32)
+    return _exact(spec, tile, jnp.concatenate([ids.astype(jnp.int32), rest], axis=1), p)
+
+
+def _full(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> Candidates:
+    """Every id above zero."""
+    positions = len(tile.mass)
+    p = jnp.exp(tile.scores.reshape(positions, -1)[:, :vocab_size] - tile.log_total[:, None])
+    ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32), p.shape)
+    return _exact(spec, tile, ids, p)
+
+
+def _exact(spec: SamplerSpec, tile: Tile, ids: Array, p: Array) -> Candidates:
+    """Candidates of the probabilities p of ids [B, k], as points that are not whole yet."""
+    position = jnp.repeat(jnp.arange(len(ids), dtype=jnp.int32), ids.shape[1])
+    points = jnp.where(tile.predicted[:, None], p * float(spec.points), 0.0)
+    return Candidates(position, ids.reshape(-1), points.reshape(-1))
+
+
+SAMPLERS: dict[SamplerName, Sampler] = {
+    "systematic": Sampler(_systematic, unbiased=True),
+    "multinomial": Sampler(_multinomial, unbiased=True),
+    "full": Sampler(_full, unbiased=True),
+    "top_k": Sampler(_top_k, unbiased=False),
+}

@@ -1,25 +1,34 @@
-"""Rows of tokens to rows as they are stored: batches of one shape, sampling, weight codes."""
+"""Rows of tokens to rows as they are stored: batches of one shape, settled entries, codes.
+
+What the accelerator proposes is settled here in NumPy, row by row: whole points on ids, all of them
+there, and no more entries in a block than it has slots. All randomness is that of (seed, row).
+"""
+
+from itertools import pairwise
 
 import numpy as np
 
-from logit_store.codec import encode_weights
-from logit_store.decode import TargetRows
-from logit_store.layout import UNUSED_ID
+from logit_store import codec
+from logit_store.codec import RowEntries, Vocabulary
+from logit_store.rows import TargetRows
 from schemas.errors import BudgetError
-from schemas.manifest import SamplerSpec, WeightCode
+from schemas.manifest import SamplerSpec
 from teacher_dump import samplers
-from teacher_dump.teacher import RowTargets, Teacher
+from teacher_dump.teacher import RowCandidates, Teacher
+
+# A block with too many entries loses one of so many parts of its points at a time.
+_THINNING_STEPS = 64
 
 
 def compute_rows(
     teacher: Teacher,
+    vocabulary: Vocabulary,
     tokens: np.ndarray,
     segment_ids: np.ndarray,
     rows: np.ndarray,
     *,
     spec: SamplerSpec,
     seed: int,
-    weight_code: WeightCode,
     batch_sequences: int,
 ) -> TargetRows:
     """Targets of tokens and segment ids [R, L], which are the store's `rows` [R].
@@ -29,60 +38,184 @@ def compute_rows(
     sampler's entries do not fit a block.
     """
     samplers.check(spec, teacher.info.vocab_size)
-    parts = []
+    found: list[dict[str, np.ndarray]] = []
     for start in range(0, len(rows), batch_sequences):
         chosen = np.arange(start, start + batch_sequences)
         padded = np.minimum(chosen, len(rows) - 1)
-        result = teacher.targets(tokens[padded], segment_ids[padded], rows[padded], spec, seed)
-        real = int((chosen < len(rows)).sum())
-        parts.append(_encode(result, rows[padded[:real]], spec, seed, weight_code))
-    return TargetRows(
-        **{
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in TargetRows.__dataclass_fields__
-        }
+        result = teacher.candidates(tokens[padded], segment_ids[padded], rows[padded], spec, seed)
+        for index in range(int((chosen < len(rows)).sum())):
+            row = int(rows[padded[index]])
+            found.append(_encode_row(result, index, row, vocabulary, spec, seed))
+    return TargetRows(**{name: np.stack([row[name] for row in found]) for name in found[0]})
+
+
+def _encode_row(
+    result: RowCandidates,
+    index: int,
+    row: int,
+    vocabulary: Vocabulary,
+    spec: SamplerSpec,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """The stored columns of one row of a batch."""
+    random = np.random.Generator(np.random.Philox(key=[seed, row]))
+    length = len(result.teacher_entropy[index])
+    # Drawn first, so that they are the same whatever the entries need.
+    nats = random.random((2, length))
+    entries, block_points = settle_row(
+        vocabulary,
+        RowEntries(result.position[index], result.id[index], result.points[index]),
+        spec,
+        length,
+        random,
+        where=f"row {row}",
     )
+    slots = length * spec.slots_per_token
+    return codec.encode_row(vocabulary, entries, length, slots, spec.points) | {
+        "block_points": block_points,
+        "teacher_nats": codec.encode_nats(
+            np.stack([result.teacher_entropy[index], -result.label_logprob[index]]), nats
+        ),
+    }
 
 
-def _encode(
-    result: RowTargets, rows: np.ndarray, spec: SamplerSpec, seed: int, weight_code: WeightCode
-) -> TargetRows:
-    """The first len(rows) rows of a batch, as stored."""
-    real = len(rows)
-    blocks = {name: np.asarray(x)[:real] for name, x in result.blocks._asdict().items()}
-    if blocks["overflow"].any():
-        row, block = np.argwhere(blocks["overflow"])[0]
-        raise BudgetError(
-            f"A block's entries must fit its {spec.entries_per_block} slots, but those of the "
-            f"{spec.name} sampler do not in block {block} of row {rows[row]}; raise "
-            "sampler.entries_per_token."
+def settle_row(
+    vocabulary: Vocabulary,
+    proposed: RowEntries,
+    spec: SamplerSpec,
+    length: int,
+    random: np.random.Generator,
+    where: str,
+) -> tuple[RowEntries, np.ndarray]:
+    """A row's entries, one for each id of a position, and the points of each block uint16 [blocks].
+
+    proposed: points [n], 0 where there is nothing: whole numbers that have the same sum at each
+    predicted position of a block, spec.points or (where the sampler saw that they will not fit)
+    fewer; or, of top_k and full, probabilities in points, which are rounded here. Blocks with more
+    entries than slots, and rows with more offset bits than there is room for, are thinned to fewer
+    points. Raises BudgetError if that is not enough, or if the sampler cannot be thinned.
+    """
+    position, ids, points = _merged(proposed, spec, random)
+    blocks = length // spec.block_tokens
+    block_points = np.full(blocks, spec.points, np.int64)
+    edges = np.searchsorted(position, np.arange(blocks + 1) * spec.block_tokens)
+    spans = [slice(*edge) for edge in pairwise(edges)]
+    for block, mine in enumerate(spans):
+        totals = _totals(points[mine], position[mine])
+        most = int(totals.min(initial=spec.points))
+        if most == spec.points and mine.stop - mine.start <= spec.slots_per_block:
+            continue
+        _refuse_exact(spec, f"{mine.stop - mine.start} entries in block {block} of {where}")
+        points[mine], block_points[block] = _thin_to_fit(
+            points[mine], position[mine], most, spec, random, where
         )
-    most = np.iinfo(np.uint16).max
-    if blocks["entry_count"].max(initial=0) > most:
+    room = 8 * length * spec.slots_per_token
+    while codec.offset_bits(vocabulary, ids[points > 0]) > room:
+        _refuse_exact(spec, f"the offset bits of {where}")
+        if (block_points == 1).all():
+            raise BudgetError(
+                f"The offset bits of a row must fit a byte for each slot, but those of {where} do "
+                "not with one point per token; raise sampler.slots_per_token."
+            )
+        for block, mine in enumerate(spans):
+            block_points[block] = max(1, block_points[block] * 7 // 8)
+            points[mine] = _thin(points[mine], position[mine], block_points[block], random)
+    kept = points > 0
+    return RowEntries(position[kept], ids[kept], points[kept]), block_points.astype(np.uint16)
+
+
+def _merged(
+    proposed: RowEntries, spec: SamplerSpec, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """position, id and whole points > 0, int64 [n], sorted by position and id, each pair once."""
+    used = proposed.points > 0
+    position, ids = proposed.position[used].astype(np.int64), proposed.id[used]
+    most_ids = int(ids.max(initial=0)) + 1
+    flat, place = np.unique(position * most_ids + ids, return_inverse=True)
+    points = np.bincount(place, proposed.points[used], minlength=len(flat))
+    position, ids = flat // most_ids, flat % most_ids
+    if spec.name in ("top_k", "full"):
+        points = _round(points, position, spec.points, random)
+    kept = points > 0
+    return position[kept], ids[kept], points[kept].astype(np.int64)
+
+
+def _refuse_exact(spec: SamplerSpec, what: str) -> None:
+    if spec.name in ("top_k", "full"):
         raise BudgetError(
-            f"A token has at most {most} entries, but one of rows {rows.tolist()[:8]} has "
-            f"{blocks['entry_count'].max()}; lower sampler.entries_per_token or block_tokens."
+            f"What the {spec.name} sampler keeps must fit its slots, {spec.slots_per_token} per "
+            f"token, but {what} do not; raise sampler.slots_per_token."
         )
-    ids = blocks["entry_id"]
-    used = ids >= 0
-    floor = np.where(used.any(axis=2), blocks["floor"], np.float32(1.0))
-    # An unused slot gets the block's floor: its code is then 0, whatever the noise.
-    weights = np.where(used, blocks["entry_weight"], floor[..., None])
-    codes = encode_weights(
-        weights, floor[..., None], _uniforms(rows, seed, weights.shape[1:]), weight_code
-    )
-    return TargetRows(
-        entry_count=blocks["entry_count"].reshape(real, -1).astype(np.uint16),
-        entry_id=np.where(used, ids.astype(np.uint32), np.uint32(UNUSED_ID)).reshape(real, -1),
-        entry_weight=codes.reshape(real, -1),
-        weight_floor=floor.astype(np.float32),
-        teacher_entropy=np.asarray(result.teacher_entropy)[:real].astype(np.float16),
-        label_logprob=np.asarray(result.label_logprob)[:real].astype(np.float16),
+
+
+def _runs(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First index and length of each run of equal positions."""
+    starts = np.flatnonzero(np.diff(position, prepend=-1))
+    return starts, np.diff(np.append(starts, len(position)))
+
+
+def _totals(points: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Points of each position that has any."""
+    starts, _ = _runs(position)
+    return np.add.reduceat(points, starts) if len(starts) else points
+
+
+def _round(
+    points: np.ndarray, position: np.ndarray, total: int, random: np.random.Generator
+) -> np.ndarray:
+    """Whole points float64 [n] of mean `points` [n], which sum to `total` at each position.
+
+    One random offset for each position, and the whole numbers that the cumulated points pass:
+    a point more or less than the exact number at most, and the sum is kept.
+    """
+    if not len(points):
+        return points
+    starts, lengths = _runs(position)
+    cumulated = np.cumsum(points)
+    before = np.repeat(cumulated[starts] - points[starts], lengths)
+    share = (cumulated - before) * np.repeat(total / _totals(points, position), lengths)
+    reached = np.floor(share + np.repeat(random.random(len(starts)), lengths))
+    reached[starts + lengths - 1] = total
+    whole = np.diff(reached, prepend=0.0)
+    whole[starts] = reached[starts]
+    return whole
+
+
+def _thin_to_fit(
+    points: np.ndarray,
+    position: np.ndarray,
+    most: int,
+    spec: SamplerSpec,
+    random: np.random.Generator,
+    where: str,
+) -> tuple[np.ndarray, int]:
+    """A block's points int64 [n] with as many of them per position as fit its slots, and how many.
+
+    `most` is what each position has at least.
+    """
+    for kept in range(most, 0, -max(1, spec.points // _THINNING_STEPS)):
+        thinned = _thin(points, position, kept, random)
+        if np.count_nonzero(thinned) <= spec.slots_per_block:
+            return thinned, kept
+    raise BudgetError(
+        f"A block must have a slot for each of its predicted tokens at least, but one of {where} "
+        f"has {spec.slots_per_block}; raise sampler.slots_per_token."
     )
 
 
-def _uniforms(rows: np.ndarray, seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Rounding noise in [0, 1), [R, *shape], a function of the seed and the row alone."""
-    return np.stack(
-        [np.random.Generator(np.random.Philox(key=[seed, int(row)])).random(shape) for row in rows]
-    )
+def _thin(
+    points: np.ndarray, position: np.ndarray, kept: int, random: np.random.Generator
+) -> np.ndarray:
+    """int64 [n]: the points that are left when each position keeps `kept` of its own.
+
+    A position's points are laid side by side, and evenly spaced ones from a random place on are
+    kept: each with the same probability, so that a share of them has the mean that it had of all.
+    """
+    starts, lengths = _runs(position)
+    totals = np.repeat(_totals(points, position), lengths)
+    offset = np.repeat(random.random(len(starts)), lengths)
+    cumulated = np.cumsum(points)
+    stop = cumulated - np.repeat(cumulated[starts] - points[starts], lengths)
+    # Whole numbers divided: a position's last share is `kept` exactly.
+    ends = np.floor(stop * kept / totals + offset)
+    return (ends - np.floor((stop - points) * kept / totals + offset)).astype(np.int64)

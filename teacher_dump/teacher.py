@@ -1,6 +1,8 @@
 """The teacher: a Gemma 2 checkpoint that turns packed rows into sampled targets on its device.
 
-Hidden states are computed once for a batch of rows; logits exist for one block of tokens at a time.
+Hidden states are computed once for a batch of rows; scores exist for one tile of positions at a
+time. The rows of the embedding lie in the store's sampling order, so that what the sampler takes
+for neighbours are ids of similar meaning.
 """
 
 from functools import partial
@@ -13,24 +15,30 @@ import numpy as np
 from jax import Array
 
 from gemma2 import checkpoint
-from gemma2.model import Params, hidden_states, logits
+from gemma2.model import Params, embedding, hidden_states, logits
 from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
-from schemas.manifest import SamplerSpec, TeacherInfo
+from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
 from schemas.model import ModelConfig
-from teacher_dump.samplers import BlockTargets, sample_block
+from teacher_dump.samplers import CHUNK, Candidates, Tile, expected_entries, make_tile, propose
+
+_TILE_TOKENS = 1024
 
 
-class RowTargets(NamedTuple):
-    """Sampled targets of b rows of n blocks: BlockTargets with leading axes [b, n], and per token
+class RowCandidates(NamedTuple):
+    """What the sampler proposes for b rows of L tokens, as NumPy arrays.
 
-    teacher_entropy and label_logprob float32 [b, L] in nats over the whole vocabulary, of the
-    distribution that was sampled; 0 where the next token is not of the same document.
+    position, id int32 [b, M], the position in the row and the vocabulary's id (V for the rest);
+    points [b, M], 0 where there is nothing; teacher_entropy and label_logprob float32 [b, L] in
+    nats over the whole vocabulary, of the distribution that was sampled; 0 where the next token is
+    not of the same document.
     """
 
-    blocks: BlockTargets
-    teacher_entropy: Array
-    label_logprob: Array
+    position: np.ndarray
+    id: np.ndarray
+    points: np.ndarray
+    teacher_entropy: np.ndarray
+    label_logprob: np.ndarray
 
 
 class Teacher(Protocol):
@@ -38,18 +46,29 @@ class Teacher(Protocol):
 
     info: TeacherInfo
 
-    def targets(
+    def candidates(
         self,
         tokens: np.ndarray,
         segment_ids: np.ndarray,
         rows: np.ndarray,
         spec: SamplerSpec,
         seed: int,
-    ) -> RowTargets:
-        """Targets of tokens and segment ids int32 [b, L] that are the store's rows int32 [b].
+    ) -> RowCandidates:
+        """Of tokens and segment ids int32 [b, L] that are the store's rows int32 [b].
 
         A row's result depends on the row, the spec and the seed, never on its batch.
         """
+        ...
+
+    def expected_entries(
+        self,
+        tokens: np.ndarray,
+        segment_ids: np.ndarray,
+        name: SamplerName,
+        temperature: float,
+        points: np.ndarray,
+    ) -> np.ndarray:
+        """float64 [P]: expected entries of all rows together for each of `points` int32 [P]."""
         ...
 
 
@@ -62,7 +81,7 @@ class Gemma2Teacher:
         Raises ConfigError if the checkpoint has fewer ids than the tokenizer.
         """
         config_sha256, weights_sha256 = checkpoint.fingerprint(folder)
-        self._config, self._params = checkpoint.load(folder, dtype=jnp.dtype(dtype))
+        self._config, params = checkpoint.load(folder, dtype=jnp.dtype(dtype))
         if self._config.vocab_size < vocab_size:
             raise ConfigError(
                 f"A teacher must know every id of the store's tokenizer, but {folder} has "
@@ -70,6 +89,10 @@ class Gemma2Teacher:
                 "belongs to the tokenizer."
             )
         self._dtype = jnp.dtype(dtype)
+        self._params = _rows(params, _padded(np.arange(vocab_size)))
+        # The rest, which a sampler may name, is the id behind the last.
+        self._ids = np.arange(vocab_size + 1, dtype=np.int32)
+        self._place = np.arange(vocab_size, dtype=np.int32)
         self.info = TeacherInfo(
             name=Path(folder).resolve().name,
             config_sha256=config_sha256,
@@ -77,20 +100,26 @@ class Gemma2Teacher:
             vocab_size=vocab_size,
         )
 
-    def targets(
+    def arrange(self, order: np.ndarray) -> None:
+        """Cumulate ids in this order [V] from now on."""
+        if np.array_equal(order, self._ids[:-1]):
+            return
+        self._params = _rows(self._params, _padded(self._place[order]))
+        self._ids = np.append(order, len(order)).astype(np.int32)
+        self._place[order] = np.arange(len(order), dtype=np.int32)
+
+    def candidates(
         self,
         tokens: np.ndarray,
         segment_ids: np.ndarray,
         rows: np.ndarray,
         spec: SamplerSpec,
         seed: int,
-    ) -> RowTargets:
+    ) -> RowCandidates:
         """As the protocol says; compiled once for each batch shape and spec."""
-        return _targets(
+        found, entropy, label = _candidates(
             self._params,
-            jnp.asarray(tokens, jnp.int32),
-            jnp.asarray(segment_ids, jnp.int32),
-            jnp.asarray(predicted_mask(np.asarray(segment_ids))),
+            *self._arrays(tokens, segment_ids),
             jnp.asarray(rows, jnp.int32),
             _seed_key(seed),
             config=self._config,
@@ -98,6 +127,49 @@ class Gemma2Teacher:
             spec=spec,
             vocab_size=self.info.vocab_size,
         )
+        position, column, points = (np.asarray(x) for x in found)
+        return RowCandidates(
+            position, self._ids[column], points, np.asarray(entropy), np.asarray(label)
+        )
+
+    def expected_entries(
+        self,
+        tokens: np.ndarray,
+        segment_ids: np.ndarray,
+        name: SamplerName,
+        temperature: float,
+        points: np.ndarray,
+    ) -> np.ndarray:
+        """As the protocol says."""
+        found = _expected_entries(
+            self._params,
+            *self._arrays(tokens, segment_ids),
+            jnp.asarray(points, jnp.int32),
+            config=self._config,
+            dtype=self._dtype,
+            name=name,
+            temperature=temperature,
+            vocab_size=self.info.vocab_size,
+        )
+        return np.asarray(found, np.float64).sum(axis=0)
+
+    def _arrays(self, tokens: np.ndarray, segment_ids: np.ndarray) -> tuple[Array, Array, Array]:
+        """Tokens as rows of the reordered embedding, segment ids, and what is predicted."""
+        return (
+            jnp.asarray(self._place[tokens]),
+            jnp.asarray(segment_ids, jnp.int32),
+            jnp.asarray(predicted_mask(np.asarray(segment_ids))),
+        )
+
+
+def _padded(index: np.ndarray) -> np.ndarray:
+    """Row numbers up to a multiple of CHUNK; what is added is masked, so any row will do."""
+    return np.concatenate([index, np.zeros(-len(index) % CHUNK, index.dtype)])
+
+
+def _rows(params: Params, index: np.ndarray) -> Params:
+    """The parameters with these rows of the embedding."""
+    return {**params, "embedding": embedding(params)[jnp.asarray(index, jnp.int32)]}
 
 
 def _seed_key(seed: int) -> Array:
@@ -106,8 +178,30 @@ def _seed_key(seed: int) -> Array:
     return jax.random.fold_in(jax.random.key(low), np.uint32(high))
 
 
+def _tile_tokens(length: int) -> int:
+    """Positions of a tile: as many as divide a row, up to a bound on the memory of their scores."""
+    return max(size for size in range(1, _TILE_TOKENS + 1) if length % size == 0)
+
+
+def _make_tile(
+    params: Params,
+    config: ModelConfig,
+    hidden: Array,
+    predicted: Array,
+    temperature: float,
+    vocab_size: int,
+) -> tuple[Tile, Array, Array]:
+    """A tile of hidden states [B, D], its entropies [B] and its scores [B, V]."""
+    scores = logits(params, config, hidden) / temperature
+    is_id = jnp.arange(scores.shape[1]) < vocab_size
+    scores = jnp.where(is_id[None, :], scores, -jnp.inf)
+    largest = None if config.final_cap is None else config.final_cap / temperature
+    tile, entropy = make_tile(scores, predicted, largest)
+    return tile, entropy, scores
+
+
 @partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size"))
-def _targets(
+def _candidates(
     params: Params,
     tokens: Array,
     segment_ids: Array,
@@ -119,42 +213,90 @@ def _targets(
     dtype: jnp.dtype,
     spec: SamplerSpec,
     vocab_size: int,
-) -> RowTargets:
-    batch, length = tokens.shape
-    block = spec.block_tokens
-    count = length // block
+) -> tuple[Candidates, Array, Array]:
     hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
+    return sample_rows(params, config, hidden, tokens, predicted, rows, key, spec, vocab_size)
+
+
+def sample_rows(
+    params: Params,
+    config: ModelConfig,
+    hidden: Array,
+    tokens: Array,
+    predicted: Array,
+    rows: Array,
+    key: Array,
+    spec: SamplerSpec,
+    vocab_size: int,
+) -> tuple[Candidates, Array, Array]:
+    """Candidates [b, M] with columns for ids; entropies and label log-probabilities [b, L].
+
+    Of final hidden states [b, L, D]; of `params` only the embedding is used, whose rows `tokens`
+    [b, L] name. predicted bool [b, L]; rows int32 [b], from which with `key` all randomness is.
+    """
+    batch, length = tokens.shape
+    size = _tile_tokens(length)
+    count = length // size
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     keys = jax.vmap(
         lambda row_key: jax.vmap(lambda i: jax.random.fold_in(row_key, i))(jnp.arange(count))
     )(row_keys)
 
-    def one_block(item: tuple[Array, Array, Array, Array]) -> tuple[BlockTargets, Array, Array]:
-        block_hidden, block_predicted, block_labels, block_key = item
-        scores = logits(params, config, block_hidden) / spec.temperature
-        is_real = jnp.arange(scores.shape[1]) < vocab_size
-        log_probs = jax.nn.log_softmax(jnp.where(is_real[None, :], scores, -jnp.inf))
-        probabilities = jnp.exp(log_probs)
-        entropy = -jnp.sum(jnp.where(probabilities > 0.0, probabilities * log_probs, 0.0), axis=-1)
-        label = jnp.take_along_axis(log_probs, block_labels[:, None], axis=-1)[:, 0]
+    def one_tile(item: tuple[Array, ...]) -> tuple[Candidates, Array, Array]:
+        tile_hidden, tile_predicted, tile_labels, first, tile_key = item
+        tile, entropy, scores = _make_tile(
+            params, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
+        )
+        label = jnp.take_along_axis(scores, tile_labels[:, None], axis=1)[:, 0] - tile.log_total
+        found = propose(spec, vocab_size, tile, tile_key)
         return (
-            sample_block(spec, log_probs[:, :vocab_size], block_predicted, block_key),
-            jnp.where(block_predicted, entropy, 0.0),
-            jnp.where(block_predicted, label, 0.0),
+            found._replace(position=found.position + first),
+            entropy,
+            jnp.where(tile_predicted, jnp.minimum(label, 0.0), 0.0),
         )
 
-    blocks, entropy, label = jax.lax.map(
-        one_block,
+    tiles = batch * count
+    found, entropy, label = jax.lax.map(
+        one_tile,
         (
-            hidden.reshape(batch * count, block, -1),
-            predicted.reshape(batch * count, block),
-            labels.reshape(batch * count, block),
-            keys.reshape(batch * count),
+            hidden.reshape(tiles, size, -1),
+            predicted.reshape(tiles, size),
+            labels.reshape(tiles, size),
+            jnp.tile(jnp.arange(count, dtype=jnp.int32) * size, batch),
+            keys.reshape(tiles),
         ),
     )
-    return RowTargets(
-        jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), blocks),
+    return (
+        jax.tree.map(lambda x: x.reshape(batch, -1), found),
         entropy.reshape(batch, length),
         label.reshape(batch, length),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size"))
+def _expected_entries(
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    predicted: Array,
+    points: Array,
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    name: SamplerName,
+    temperature: float,
+    vocab_size: int,
+) -> Array:
+    """float32 [tiles, P]."""
+    length = tokens.shape[1]
+    size = _tile_tokens(length)
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
+
+    def one_tile(item: tuple[Array, Array]) -> Array:
+        tile, _, _ = _make_tile(params, config, *item, temperature, vocab_size)
+        return expected_entries(name, tile, points)
+
+    return jax.lax.map(
+        one_tile, (hidden.reshape(-1, size, hidden.shape[-1]), predicted.reshape(-1, size))
     )

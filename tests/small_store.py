@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from logit_store import writer
-from logit_store.codec import encode_weights
-from logit_store.decode import TargetRows
-from logit_store.layout import UNUSED_ID, predicted_mask
+from logit_store import codec, writer
+from logit_store.codec import RowEntries
+from logit_store.ledger import Ledger
+from logit_store.layout import predicted_mask
+from logit_store.rows import TargetRows
 from schemas.manifest import (
+    Corpus,
     SamplerSpec,
     ShardSpec,
     TargetsManifest,
@@ -16,18 +18,27 @@ from schemas.manifest import (
     identity,
 )
 
-ROWS, LENGTH, BLOCK, PER_TOKEN, VOCAB = 5, 16, 8, 3, 300
+ROWS, LENGTH, BLOCK, PER_TOKEN, VOCAB, POINTS = 5, 16, 8, 3, 300, 10
 SLOTS = BLOCK * PER_TOKEN
+CORPUS = Corpus(sources=(), splits=())
 
 
-def tokens_manifest(**changes: object) -> TokensManifest:
+def tables() -> writer.Tables:
+    """Ids from common to rare in an order of their own; buckets of one id to 32."""
+    random = np.random.default_rng(3)
+    counts = random.permutation((1e4 / np.arange(1, VOCAB + 1)).astype(np.int64))
+    return writer.Tables(
+        codec.make_vocabulary(counts, PER_TOKEN), random.permutation(VOCAB).astype(np.uint32)
+    )
+
+
+def tokens_manifest(corpus: Corpus = CORPUS, **changes: object) -> TokensManifest:
     return TokensManifest(
         tokenizer=TokenizerInfo(sha256="ab" * 32, vocab_size=VOCAB, bos_id=2, eos_id=1, pad_id=0),
         num_sequences=ROWS,
         sequence_tokens=LENGTH,
         shard_sequences=2,
-        sources=(),
-        splits=(),
+        corpus=corpus.summary(),
         software={"retort": "0"},
     ).model_copy(update=changes)
 
@@ -41,9 +52,12 @@ def targets_manifest(**changes: object) -> TargetsManifest:
         teacher=TeacherInfo(
             name="made up", config_sha256="0", weights_sha256="1", vocab_size=VOCAB
         ),
-        sampler=SamplerSpec(entries_per_token=PER_TOKEN, block_tokens=BLOCK),
-        weight_code="log_uint8",
+        sampler=SamplerSpec(
+            name="systematic", points=POINTS, slots_per_token=PER_TOKEN, block_tokens=BLOCK
+        ),
+        vocabulary=tables().info(),
         seed=0,
+        dtype="float32",
         batch_sequences=1,
         software={"retort": "0"},
     ).model_copy(update=changes)
@@ -60,70 +74,75 @@ def token_rows() -> tuple[np.ndarray, np.ndarray]:
     return tokens, segments
 
 
-def target_rows(seed: int = 11) -> tuple[TargetRows, dict[tuple[int, int], dict[int, float]]]:
-    """Encoded targets, and the weights by (row, position) and id that went into them."""
+def row_entries(seed: int = 11) -> tuple[list[RowEntries], np.ndarray]:
+    """Entries of each row, and the points of each block uint16 [ROWS, blocks].
+
+    One to four ids a position, so that some blocks are nearly full; one block has fewer points.
+    """
     rng = np.random.default_rng(seed)
-    _, segments = token_rows()
-    predicted = predicted_mask(segments)
-    counts = np.zeros((ROWS, LENGTH), np.uint16)
-    ids = np.full((ROWS, LENGTH // BLOCK, SLOTS), UNUSED_ID, np.uint32)
-    floor = rng.uniform(0.01, 0.1, (ROWS, LENGTH // BLOCK)).astype(np.float32)
-    weights = np.broadcast_to(floor[..., None], ids.shape).copy()
-    expected: dict[tuple[int, int], dict[int, float]] = {}
+    predicted = predicted_mask(token_rows()[1])
+    block_points = np.full((ROWS, LENGTH // BLOCK), POINTS, np.uint16)
+    block_points[1, 1] = POINTS - 3
+    rows = []
     for row in range(ROWS):
-        for block in range(LENGTH // BLOCK):
-            slot = 0
-            for position in range(block * BLOCK, (block + 1) * BLOCK):
-                if not predicted[row, position]:
-                    continue
-                count = int(rng.integers(0, 4))
-                chosen = np.sort(rng.choice(VOCAB, count, replace=False))
-                values = rng.uniform(floor[row, block], 1.0, count)
-                ids[row, block, slot : slot + count] = chosen
-                weights[row, block, slot : slot + count] = values
-                counts[row, position] = count
-                expected[row, position] = dict(zip(chosen.tolist(), values, strict=True))
-                slot += count
-    codes = encode_weights(weights, floor[..., None], rng.random(weights.shape), "log_uint8")
-    entropy = np.where(predicted, rng.uniform(0, 5, predicted.shape), 0)
-    label = np.where(predicted, -rng.uniform(0, 8, predicted.shape), 0)
-    rows = TargetRows(
-        entry_count=counts,
-        entry_id=ids.reshape(ROWS, -1),
-        entry_weight=codes.reshape(ROWS, -1),
-        weight_floor=floor,
-        teacher_entropy=entropy.astype(np.float16),
-        label_logprob=label.astype(np.float16),
+        positions, ids, points = [], [], []
+        for position in np.flatnonzero(predicted[row]):
+            count = int(rng.integers(1, 4))
+            total = int(block_points[row, position // BLOCK])
+            cuts = np.sort(rng.choice(np.arange(1, total), count - 1, replace=False))
+            positions += [position] * count
+            ids += rng.choice(VOCAB, count, replace=False).tolist()
+            points += np.diff(np.concatenate([[0], cuts, [total]])).tolist()
+        rows.append(RowEntries(np.array(positions), np.array(ids), np.array(points)))
+    return rows, block_points
+
+
+def target_rows(seed: int = 11) -> TargetRows:
+    """The rows of `row_entries`, encoded."""
+    rng = np.random.default_rng(seed + 1)
+    rows, block_points = row_entries(seed)
+    predicted = predicted_mask(token_rows()[1])
+    nats = np.stack([rng.uniform(0, 5, predicted.shape), rng.uniform(0, 8, predicted.shape)], 1)
+    nats[np.broadcast_to(~predicted[:, None], nats.shape)] = 0.0
+    vocabulary = tables().vocabulary
+    encoded = [
+        codec.encode_row(vocabulary, entries, LENGTH, LENGTH * PER_TOKEN, POINTS)
+        for entries in rows
+    ]
+    return TargetRows(
+        **{name: np.stack([row[name] for row in encoded]) for name in encoded[0]},
+        block_points=block_points,
+        teacher_nats=codec.encode_nats(nats, rng.random(nats.shape)),
     )
-    return rows, expected
 
 
 def part(rows: TargetRows, spec: ShardSpec) -> TargetRows:
     """The rows of one shard."""
-    return TargetRows(
-        **{
-            name: getattr(rows, name)[spec.first_row : spec.stop_row]
-            for name in TargetRows.__dataclass_fields__
-        }
-    )
+    return rows.part(slice(spec.first_row, spec.stop_row))
 
 
 def write_tokens(url: str) -> None:
     tokens, segments = token_rows()
-    writer.create_tokens(url, tokens_manifest())
-    for spec in writer.pending(url, None):
+    manifest = tokens_manifest()
+    writer.create_tokens(url, manifest, CORPUS)
+    ledger = Ledger(url, None, manifest)
+    for spec in ledger.pending():
         rows = slice(spec.first_row, spec.stop_row)
         writer.TokensWriter(url).write(spec, tokens[rows], segments[rows])
+    ledger.compact()
 
 
 def write_targets(url: str, name: str = "default", **changes: object) -> None:
     tokens, segments = token_rows()
-    writer.create_targets(url, name, targets_manifest(**changes))
-    for spec in writer.pending(url, name):
+    manifest = targets_manifest(**changes)
+    writer.create_targets(url, name, manifest, tables())
+    ledger = Ledger(url, name, manifest)
+    for spec in ledger.pending():
         rows = slice(spec.first_row, spec.stop_row)
         writer.TargetsWriter(url, name).write(
-            spec, tokens[rows], segments[rows], part(target_rows()[0], spec)
+            spec, tokens[rows], segments[rows], part(target_rows(), spec)
         )
+    ledger.compact()
 
 
 def write_store(url: str) -> None:

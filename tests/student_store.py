@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from logit_store.decode import TargetRows
 
 from logit_store import writer
 from logit_store.codec import encode_weights
-from logit_store.decode import TargetRows
 from logit_store.layout import predicted_mask
 from schemas.manifest import (
     SamplerSpec,

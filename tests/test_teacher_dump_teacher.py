@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from logit_store.decode import TargetRows
 
 from gemma2 import checkpoint
 from gemma2.model import hidden_states, init_params, logits
-from logit_store.decode import TargetRows
 from logit_store.layout import UNUSED_ID, predicted_mask
 from schemas.errors import BudgetError, ConfigError
 from schemas.manifest import SamplerSpec

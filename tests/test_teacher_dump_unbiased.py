@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from logit_store.decode import TargetRows
 
 from gemma2 import checkpoint
 from gemma2.model import hidden_states, init_params, logits
 from logit_store import reader, writer
 from logit_store.codec import decode_weights
-from logit_store.decode import TargetRows
 from logit_store.layout import predicted_mask
 from schemas.manifest import (
     SamplerSpec,

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logit_store import layout, reader
+from logit_store import manifests, reader
 from logit_store.statistics import Distribution, Summary, distributions, summary
 from logit_store.verify import Report
 from schemas.errors import ConfigError
@@ -22,6 +22,8 @@ from schemas.manifest import TargetsManifest, TokensManifest
 PieceText = Callable[[int], str]
 _CANDIDATES = 6
 _PIECE_CELLS = 14
+# How the entry is shown that stands for all ids without one of their own.
+_REST = "(all others)"
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 
 
@@ -44,16 +46,15 @@ def _harmless(character: str) -> str:
 
 def inspect_data(url: str) -> dict[str, Any]:
     """What a store is: tokens, every set of targets, completeness, sizes."""
-    manifest = layout.read_manifest(url, None)
+    manifest = manifests.read_manifest(url, None)
     assert isinstance(manifest, TokensManifest)
     targets = {}
-    for name in layout.list_targets(url):
-        about = layout.read_manifest(url, name)
+    for name in manifests.list_targets(url):
+        about = manifests.read_manifest(url, name)
         assert isinstance(about, TargetsManifest)
         targets[name] = {
             "teacher": about.teacher.model_dump(),
             "sampler": about.sampler.model_dump(),
-            "weight_code": about.weight_code,
             "seed": about.seed,
             "summary": summary(url, name).as_dict(),
         }
@@ -62,8 +63,8 @@ def inspect_data(url: str) -> dict[str, Any]:
         "format_version": manifest.format_version,
         "tokenizer": manifest.tokenizer.model_dump(),
         "sequence_tokens": manifest.sequence_tokens,
-        "source_files": len(manifest.sources),
-        "source_bytes": sum(source.size_bytes for source in manifest.sources),
+        "source_files": manifest.corpus.files,
+        "source_bytes": manifest.corpus.file_bytes,
         "software": manifest.software,
         "tokens": summary(url, None).as_dict(),
         "targets": targets,
@@ -106,9 +107,9 @@ def inspect_view(data: dict[str, Any]) -> RenderableType:
                     ),
                     (
                         "sampler",
-                        f"{sampler['name']}, {sampler['entries_per_token']} entries per "
-                        f"token over blocks of {sampler['block_tokens']}, "
-                        f"{about['weight_code']}, seed {about['seed']}",
+                        f"{sampler['name']}, {sampler['points']} points per token, at most "
+                        f"{sampler['slots_per_token']} entries over blocks of "
+                        f"{sampler['block_tokens']}, seed {about['seed']}",
                     ),
                     ("complete", _complete(found)),
                     (
@@ -144,21 +145,32 @@ def show_data(
     stop = min(start + count, manifest.sequence_tokens)
     if name is None:
         row = tokens_reader.rows([sequence])
-        batch = None
+        batch, entry_position = None, None
     else:
-        batch = reader.TargetsReader(url, name).rows([sequence])
+        targets = reader.TargetsReader(url, name)
+        batch = targets.rows([sequence])
+        entry_position = targets.positions(batch)[0]
         row = reader.TokenRows(batch.tokens, batch.segment_ids)
+        pieces, rest = text, targets.manifest.teacher.vocab_size
+
+        def text(id_: int) -> str:
+            return _REST if id_ == rest else pieces(id_)
+
     return {
         "store": url,
         "targets": name,
         "sequence": sequence,
         "text": "".join(text(int(i)) for i in row.tokens[0, start:stop]),
-        "positions": [_position(row, batch, t, text) for t in range(start, stop)],
+        "positions": [_position(row, batch, entry_position, t, text) for t in range(start, stop)],
     }
 
 
 def _position(
-    row: reader.TokenRows, batch: reader.TargetBatch | None, t: int, text: PieceText
+    row: reader.TokenRows,
+    batch: reader.TargetBatch | None,
+    entry_position: np.ndarray | None,
+    t: int,
+    text: PieceText,
 ) -> dict[str, Any]:
     token = int(row.tokens[0, t])
     found: dict[str, Any] = {
@@ -167,10 +179,12 @@ def _position(
         "token": token,
         "text": text(token),
     }
-    if batch is None or batch.entry_count[0, t] == 0:
+    if batch is None:
+        return found
+    slots = np.flatnonzero((entry_position == t) & (batch.entry_id[0] >= 0))
+    if not slots.size:
         return found
     label = int(row.tokens[0, t + 1])
-    slots = np.flatnonzero((batch.entry_position[0] == t) & (batch.entry_id[0] >= 0))
     slots = slots[np.argsort(-batch.entry_weight[0, slots], kind="stable")]
     ids = batch.entry_id[0, slots]
     at = np.flatnonzero(ids == label)

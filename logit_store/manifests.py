@@ -1,0 +1,78 @@
+"""Reads the manifests of a store; every reader, writer and tool begins here."""
+
+import hashlib
+import json
+
+from logit_store import layout, storage
+from schemas.base import canonical_json
+from schemas.errors import (
+    ConfigError,
+    CorruptStoreError,
+    FormatVersionError,
+    StoreNotFoundError,
+)
+from schemas.manifest import FORMAT_VERSION, Corpus, Manifest, TargetsManifest, TokensManifest
+
+
+def read_manifest(url: str, name: str | None) -> Manifest:
+    """The manifest of the tokens (name None) or of a set of targets.
+
+    Raises StoreNotFoundError, FormatVersionError or CorruptStoreError.
+    """
+    path = layout.group_path(name)
+    raw = storage.read_bytes(storage.open_kvstore(url, path), layout.GROUP_KEY)
+    what = "tokens" if name is None else f"targets '{name}'"
+    if raw is None:
+        known = "" if name is None else f"; it has {', '.join(list_targets(url)) or 'none'}"
+        raise StoreNotFoundError(
+            f"A store must have been created before it is read, but {url} holds no {what}{known}; "
+            f"check the path or run `retort {'tokenize' if name is None else 'dump'}` first."
+        )
+    return parse_manifest(raw, url, name, f"{url}: {path}{layout.GROUP_KEY}")
+
+
+def parse_manifest(raw: bytes, url: str, name: str | None, where: str) -> Manifest:
+    """The manifest in a group's zarr.json. Raises FormatVersionError or CorruptStoreError."""
+    try:
+        attributes = json.loads(raw)["attributes"]
+        document = attributes[layout.MANIFEST_ATTRIBUTE]
+        version = document["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptStoreError(
+            f"A group's zarr.json must hold a retort manifest, but {where} does not ({error!r}); "
+            f"run `retort repair {url}`."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"This retort reads format version {FORMAT_VERSION}, but {where} is of version "
+            f"{version}; upgrade retort or use the version that wrote it."
+        )
+    checksum = attributes.get(layout.CHECKSUM_ATTRIBUTE)
+    if checksum != hashlib.sha256(canonical_json(document).encode()).hexdigest():
+        raise CorruptStoreError(
+            f"A manifest must match its {layout.CHECKSUM_ATTRIBUTE}, but that of {where} does not; "
+            f"run `retort repair {url}`."
+        )
+    kind = TokensManifest if name is None else TargetsManifest
+    try:
+        return kind.parse(document, where)
+    except ConfigError as error:
+        raise CorruptStoreError(f"A stored manifest must be valid, but {error}") from error
+
+
+def read_corpus(url: str, manifest: TokensManifest) -> Corpus:
+    """The list of a store's source files. Raises CorruptStoreError unless it is the manifest's."""
+    key = layout.corpus_key(manifest)
+    raw = storage.read_bytes(storage.open_kvstore(url), key)
+    if raw is None or hashlib.sha256(raw).hexdigest() != manifest.corpus.sha256:
+        raise CorruptStoreError(
+            f"A store's list of sources must be the manifest's, but {key} of {url} is missing or "
+            "another; restore it, or make the store again."
+        )
+    return Corpus.parse(json.loads(raw), f"{url}: {key}")
+
+
+def list_targets(url: str) -> list[str]:
+    """Names of the sets of targets, sorted. Their manifests' copies are listed: they are few."""
+    keys = storage.list_keys(storage.open_kvstore(url, layout.COPIES + layout.TARGETS))
+    return [key.removesuffix(".json") for key in keys if "/" not in key and key.endswith(".json")]
