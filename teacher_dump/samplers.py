@@ -20,8 +20,8 @@ CHUNK = 128
 LARGEST_SCORE_WITHOUT_MAXIMUM = 60.0
 """Scores within ±60 need no maximum: e^60 · 2^20 ids stays within float32, in both directions."""
 
-# Chunks with a point, and entries, that a tile has room for: so many times the slots of its blocks.
-# What fills the slots is thinned later, which wants to see all that there is.
+# Entries that a tile has room for: so many times the slots of its blocks. What does not fit the
+# slots is thinned later, which wants to see all that there is.
 _ROOM = 2
 # A position's chunk sums are cumulated as integers that end at 2^30 exactly.
 _FULL_BITS = 30
@@ -137,61 +137,100 @@ def _systematic(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> C
     why nothing unbiased does better for all sums). An id of p < 1 / points is included with
     probability points · p, as in threshold sampling.
     """
-    positions, chunks = tile.mass.shape
+    positions = len(tile.mass)
     place_key, rest_key = jax.random.split(key)
     ends = _integer_ends(tile.mass)
-    starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
     offset = jax.random.bits(place_key, (positions,), jnp.uint32) >> (32 - _FULL_BITS)
     # Below the integers' unit a point's place is drawn too; it never moves it to another chunk.
     below_unit = jax.random.uniform(rest_key, (positions,))
-    most = min(_ROOM * spec.slots_per_token, spec.points) * positions
-    room, entry_room = min(most, positions * chunks), min(most, positions * vocab_size)
+    size = positions * spec.points
+    room = min(_ROOM * spec.slots_per_token, spec.points) * positions
 
-    def attempt(points: Array) -> tuple[Array, Array, Array, Array]:
-        """Of the chunks with a point: position, chunk [room], points [room, CHUNK], whether all."""
-        before, _ = _grid(starts, offset[:, None], points)
-        after, _ = _grid(ends, offset[:, None], points)
-        inside = jnp.where(tile.predicted[:, None], (after - before).astype(jnp.int32), 0)
-        hits = inside.reshape(-1) > 0
-        flat = jnp.nonzero(hits, size=room, fill_value=0)[0].astype(jnp.int32)
-        position, chunk = flat // chunks, flat % chunks
-        total = jnp.where(jnp.arange(room) < jnp.sum(hits), inside[position, chunk], 0)
-        _, since = _grid(starts[position, chunk], offset[position], points)
-        # In grid steps, from the chunk's start: the first point, and the ends of the ids.
-        first = ((2**_FULL_BITS - since).astype(jnp.float32) - below_unit[position]) * _UNIT
-        width = (ends - starts)[position, chunk].astype(jnp.float32)
-        p = tile.probabilities(position, chunk)
-        share = jnp.cumsum(p, axis=1)
-        share = share / jnp.maximum(share[:, -1:], _TINY)
-        steps = width * points.astype(jnp.float32) * _UNIT
-        passed = jnp.floor(share * steps[:, None] - first[:, None]).astype(jnp.int32) + 1
-        # A chunk's number of points is exact; rounding here can only move one between its ids.
-        last = CHUNK - 1 - jnp.argmax((p > 0.0)[:, ::-1], axis=1)
-        is_end = jnp.arange(CHUNK)[None, :] >= last[:, None]
-        passed = jnp.where(is_end, total[:, None], jnp.clip(passed, 0, total[:, None]))
-        counts = jnp.diff(passed, axis=1, prepend=0)
-        fits = (jnp.sum(hits) <= room) & (jnp.sum(counts > 0) <= entry_room)
-        return position, chunk, counts, fits
+    def attempt(points: Array) -> tuple[Array, Array, Array]:
+        """Each point's id [size], whether it is the id's first point, whether all have room."""
+        ids = _ids_of_points(spec, tile, ends, offset[:, None], below_unit[:, None], points)
+        is_first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        is_first &= tile.predicted[:, None] & (jnp.arange(spec.points) < points)[None, :]
+        return ids.reshape(-1), is_first.reshape(-1), jnp.sum(is_first) <= room
 
     # A tile with more entries than there is room for is far from fitting its slots, so its points
     # are halved; all others, which is nearly all, take one attempt.
-    state = (
-        jnp.int32(2 * spec.points),
-        jnp.zeros((room,), jnp.int32),
-        jnp.zeros((room,), jnp.int32),
-        jnp.zeros((room, CHUNK), jnp.int32),
-        jnp.bool_(False),
-    )
-    _, position, chunk, counts, _ = jax.lax.while_loop(
-        lambda state: ~state[4] & (state[0] > 1),
+    points, ids, is_first, _ = jax.lax.while_loop(
+        lambda state: ~state[3] & (state[0] > 1),
         lambda state: (state[0] // 2, *attempt(state[0] // 2)),
-        state,
+        (
+            jnp.int32(2 * spec.points),
+            jnp.zeros((size,), jnp.int32),
+            jnp.zeros((size,), bool),
+            jnp.bool_(False),
+        ),
     )
-    used = counts.reshape(-1) > 0
-    flat = jnp.nonzero(used, size=entry_room, fill_value=0)[0].astype(jnp.int32)
-    points = jnp.where(jnp.arange(entry_room) < jnp.sum(used), counts.reshape(-1)[flat], 0)
-    hit, inside = flat // CHUNK, flat % CHUNK
-    return Candidates(position[hit], chunk[hit] * CHUNK + inside, points)
+    first = jnp.nonzero(is_first, size=room, fill_value=size)[0].astype(jnp.int32)
+    exists = first < size
+    position = jnp.where(exists, first // spec.points, 0)
+    # An id's points end where the next id's begin, at the latest with the position's.
+    following = jnp.append(first[1:], jnp.int32(size))
+    stop = jnp.minimum(following, position * spec.points + points)
+    return Candidates(
+        position, ids[jnp.minimum(first, size - 1)], jnp.where(exists, stop - first, 0)
+    )
+
+
+def _ids_of_points(
+    spec: SamplerSpec, tile: Tile, ends: Array, offset: Array, below_unit: Array, points: Array
+) -> Array:
+    """int32 [B, spec.points]: the id that each point falls on, of which the first `points` count.
+
+    ends [B, C] of the chunks, as `_integer_ends`; offset uint32 and below_unit float32 [B, 1].
+    """
+    positions, chunks = ends.shape
+    shape = (positions, spec.points)
+    number = jnp.broadcast_to(jnp.arange(1, spec.points + 1, dtype=jnp.int32), shape)
+    # How many points lie before the end of each chunk: point j is in the first with j or more.
+    reached = _grid(ends, offset, points)[0].astype(jnp.int32)
+    chunk = _search(lambda at: jnp.take_along_axis(reached, at, axis=1) < number, shape, chunks)
+    end = jnp.take_along_axis(ends, chunk, axis=1)
+    start = jnp.take_along_axis(ends, jnp.maximum(chunk - 1, 0), axis=1)
+    start = jnp.where(chunk > 0, start, 0)
+    before, since = _grid(start, offset, points)
+    total = (_grid(end, offset, points)[0] - before).astype(jnp.int32)
+    # In grid steps, from the chunk's start: its first point, and the ends of its ids.
+    first = ((2**_FULL_BITS - since).astype(jnp.float32) - below_unit) * _UNIT
+    width = (end - start).astype(jnp.float32) * points.astype(jnp.float32) * _UNIT
+    nth, total, first, width = (
+        x.reshape(-1, 1) for x in (number - before.astype(jnp.int32), total, first, width)
+    )
+    position = jnp.repeat(jnp.arange(positions, dtype=jnp.int32), spec.points)
+    p = tile.probabilities(position, chunk.reshape(-1))
+    share = jnp.cumsum(p, axis=1)
+    share = share / jnp.maximum(share[:, -1:], _TINY)
+    passed = jnp.floor(share * width - first).astype(jnp.int32) + 1
+    # A chunk's number of points is exact; rounding here can only move one between its ids.
+    is_end = jnp.arange(CHUNK)[None, :] >= _last_with_mass(p)[:, None]
+    passed = jnp.where(is_end, total, jnp.clip(passed, 0, total))
+    inside = jnp.sum(passed < nth, axis=1).astype(jnp.int32)
+    return chunk * CHUNK + inside.reshape(shape)
+
+
+def _search(is_before: Callable[[Array], Array], shape: tuple[int, ...], size: int) -> Array:
+    """int32 of `shape`: the first index of `size` that is not before what is sought, by halving.
+
+    is_before(index) tells for an index of `shape`; the last index is never before.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        is_right = is_before(middle)
+        return jnp.where(is_right, middle + 1, low), jnp.where(is_right, high, middle)
+
+    bounds = (jnp.zeros(shape, jnp.int32), jnp.full(shape, size - 1, jnp.int32))
+    return jax.lax.fori_loop(0, (size - 1).bit_length(), halve, bounds)[0]
+
+
+def _last_with_mass(p: Array) -> Array:
+    """int32 [M]: the last id of each chunk [M, CHUNK] that has any probability."""
+    return CHUNK - 1 - jnp.argmax((p > 0.0)[:, ::-1], axis=1)
 
 
 def _integer_ends(mass: Array) -> Array:
@@ -226,15 +265,7 @@ def _multinomial(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> 
     place = place.astype(jnp.int32)
     ends = _integer_ends(tile.mass)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        is_right = ends[position, middle] <= place
-        return jnp.where(is_right, middle + 1, low), jnp.where(is_right, high, middle)
-
-    low = jnp.zeros(position.shape, jnp.int32)
-    high = jnp.full(position.shape, chunks - 1, jnp.int32)
-    chunk, _ = jax.lax.fori_loop(0, (chunks - 1).bit_length(), halve, (low, high))
+    chunk = _search(lambda at: ends[position, at] <= place, position.shape, chunks)
     start = jnp.where(chunk > 0, ends[position, jnp.maximum(chunk - 1, 0)], 0)
     width = (ends[position, chunk] - start).astype(jnp.float32)
     share = (place - start).astype(jnp.float32) + jax.random.uniform(noise_key, position.shape)
@@ -242,8 +273,7 @@ def _multinomial(spec: SamplerSpec, vocab_size: int, tile: Tile, key: Array) -> 
     cumulated = jnp.cumsum(p, axis=1)
     # Only what has mass can be picked, whatever rounding does to the sums.
     past = (cumulated > (share / width * cumulated[:, -1])[:, None]) & (p > 0.0)
-    last = CHUNK - 1 - jnp.argmax((p > 0.0)[:, ::-1], axis=1)
-    inside = jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), last)
+    inside = jnp.where(jnp.any(past, axis=1), jnp.argmax(past, axis=1), _last_with_mass(p))
     points = jnp.where(tile.predicted[position], 1, 0)
     return Candidates(position, chunk * CHUNK + inside.astype(jnp.int32), points)
 
