@@ -6,9 +6,10 @@ seed see the same rows in the same order, whatever their targets. Each host read
 """
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import jax
@@ -20,6 +21,8 @@ from schemas.errors import IncompleteStoreError
 from schemas.manifest import TargetsManifest, TokensManifest, identity
 
 _ROUNDS = 6
+AHEAD = 8
+"""Batches that are read at once: a read from a bucket may take as long as several steps."""
 
 
 class Batch(NamedTuple):
@@ -169,42 +172,22 @@ def place(rows: np.ndarray, read: Callable[[np.ndarray], Batch], where: NamedSha
 
 
 def prefetch(
-    make: Callable[[int], Batch], first: int, stop: int, depth: int = 2
+    make: Callable[[int], Batch], first: int, stop: int, depth: int = AHEAD
 ) -> Generator[tuple[int, Batch], None, None]:
-    """(step, make(step)) for steps in [first, stop), made ahead by one background thread.
+    """(step, make(step)) for steps in [first, stop), in order; `depth` are made at once, ahead.
 
-    `depth` batches wait at most. An exception of `make` is raised here, at its step. Closing the
-    iterator ends the thread.
+    One thread for each, so that a step waits for a read only if `depth` steps take less time than
+    one read. An exception of `make` is raised here, at its step. Closing the iterator waits for
+    what is being made and starts nothing more.
     """
-    ready: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: tuple[int, Batch | BaseException]) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        for step in range(first, stop):
-            try:
-                made: Batch | BaseException = make(step)
-            except BaseException as error:  # noqa: BLE001 - raised again in the consumer
-                made = error
-            if not put((step, made)) or isinstance(made, BaseException):
-                return
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(depth, thread_name_prefix="prefetch")
+    steps = iter(range(first, stop))
+    waiting = deque((step, pool.submit(make, step)) for step in islice(steps, depth))
     try:
-        for _ in range(first, stop):
-            step, made = ready.get()
-            if isinstance(made, BaseException):
-                raise made
-            yield step, made
+        while waiting:
+            step, made = waiting.popleft()
+            batch = made.result()
+            waiting.extend((step, pool.submit(make, step)) for step in islice(steps, 1))
+            yield step, batch
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
