@@ -37,13 +37,13 @@ WARMUP_STEPS = 100
 CHUNK_TOKENS = 4096
 
 
-def config(vocab_size: int) -> ModelConfig:
+def config(vocab_size: int, d_model: int, num_layers: int) -> ModelConfig:
     """Gemma 2 in small; the vocabulary is rounded up to a multiple of 128."""
     return ModelConfig(
         vocab_size=-(-vocab_size // 128) * 128,
-        d_model=512,
-        num_layers=12,
-        mlp_width=2048,
+        d_model=d_model,
+        num_layers=num_layers,
+        mlp_width=4 * d_model,
         num_heads=4,
         num_kv_heads=2,
         head_size=128,
@@ -95,7 +95,14 @@ def mean_loss(params: Any, shape: ModelConfig, head: Head, tokens: Any, segments
     return sums.loss / jnp.maximum(jnp.sum(targets.label_weight), 1.0)
 
 
-def train(shape: ModelConfig, valid: int, tokens: np.ndarray, segments: np.ndarray, seconds: float):
+def train(
+    shape: ModelConfig,
+    valid: int,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    seconds: float,
+    seed: int,
+):
     """Parameters after about `seconds` of AdamW; the schedule is a function of elapsed time."""
     head = Head(valid, shape.final_cap, block_tokens=1, chunk_tokens=CHUNK_TOKENS)
     optimizer = optax.inject_hyperparams(
@@ -103,7 +110,7 @@ def train(shape: ModelConfig, valid: int, tokens: np.ndarray, segments: np.ndarr
             optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
         )
     )(rate=0.0)
-    params = model.init_params(shape, jax.random.key(0))
+    params = model.init_params(shape, jax.random.key(seed))
     state = optimizer.init(params)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -113,7 +120,7 @@ def train(shape: ModelConfig, valid: int, tokens: np.ndarray, segments: np.ndarr
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    order = np.random.default_rng(0).permutation(len(tokens))
+    order = np.random.default_rng(seed).permutation(len(tokens))
     start = time.monotonic()
     begun, losses, number = start, [], 0
     while True:
@@ -158,6 +165,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--d_model", type=int, default=512)
+    parser.add_argument("--num_layers", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--heldout_tokens", type=int, default=12 * 8192)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -165,7 +175,7 @@ def main() -> None:
 
     begun = time.monotonic()
     vocab_size = Tokenizer.load(arguments.tokenizer).info.vocab_size
-    shape = config(vocab_size)
+    shape = config(vocab_size, arguments.d_model, arguments.num_layers)
     texts = read_texts(arguments.text, arguments.megabytes)
     tokens, segments = rows_of(arguments.tokenizer, texts, arguments.processes)
     text_bytes = sum(len(text.encode()) for text in texts)
@@ -175,7 +185,7 @@ def main() -> None:
         f"{time.monotonic() - begun:.0f} s to tokenize",
         flush=True,
     )
-    params = train(shape, vocab_size, tokens, segments, arguments.minutes * 60)
+    params = train(shape, vocab_size, tokens, segments, arguments.minutes * 60, arguments.seed)
 
     kept = arguments.heldout_tokens // ROW_TOKENS
     held, held_segments = rows_of(
