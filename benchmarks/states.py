@@ -28,6 +28,7 @@ from schemas.manifest import (
 from schemas.model import ModelConfig
 from teacher_dump import teacher as teachers
 from teacher_dump.targets import compute_rows
+from teacher_dump.teacher import Teacher
 from teacher_dump.vocabulary import similarity_order
 
 ROW_TOKENS = 8192
@@ -140,9 +141,17 @@ class StatesTeacher:
 
 
 def write_store(
-    url: str, states: States, specs: dict[str, SamplerSpec], seed: int = 0, shard_sequences: int = 4
+    url: str,
+    states: States,
+    specs: dict[str, SamplerSpec],
+    seed: int = 0,
+    shard_sequences: int = 4,
+    teacher: Teacher | None = None,
 ) -> None:
-    """A store of the states' tokens with a set of targets for each of `specs`, by name."""
+    """A store of the states' tokens with a set of targets for each of `specs`, by name.
+
+    Their teacher is the states', or the one given.
+    """
     tokens = states.tokens_manifest(shard_sequences)
     writer.create_tokens(url, tokens, Corpus(sources=(), splits=()))
     token_writer = writer.TokensWriter(url)
@@ -155,13 +164,13 @@ def write_store(
         systematic = spec.name == "systematic"
         order = states.similar if systematic else np.arange(len(states.table), dtype=np.uint32)
         tables = writer.Tables(codec.make_vocabulary(states.counts, spec.slots_per_token), order)
-        teacher = StatesTeacher(states, order)
+        by = teacher or StatesTeacher(states, order)
         manifest = TargetsManifest(
             tokens_fingerprint=identity(tokens),
             num_sequences=tokens.num_sequences,
             sequence_tokens=tokens.sequence_tokens,
             shard_sequences=tokens.shard_sequences,
-            teacher=teacher.info,
+            teacher=by.info,
             sampler=spec,
             vocabulary=tables.info(),
             seed=seed,
@@ -175,7 +184,7 @@ def write_store(
         for shard in ledger.pending():
             rows = np.arange(shard.first_row, shard.stop_row)
             found = compute_rows(
-                teacher,
+                by,
                 tables.vocabulary,
                 states.tokens[rows],
                 states.segment_ids[rows],

@@ -140,7 +140,7 @@ def full_row() -> tuple[Vocabulary, np.ndarray, dict[str, np.ndarray]]:
 
 
 def _too_many(columns):
-    columns["head_count"][0, 5] = 21
+    columns["head_count"][0, 5] = 60_000
 
 
 def _points_of_others(columns):
@@ -149,11 +149,6 @@ def _points_of_others(columns):
 
 def _a_bucket_beyond(columns):
     columns["entry_bucket"][0, 1] = 60_000
-
-
-def _the_same_id_again(columns):
-    columns["entry_bucket"][0, 1] = 0
-    columns["entry_offset"][:] = 0
 
 
 def _more_points_than_there_are(columns):
@@ -166,7 +161,6 @@ def _more_points_than_there_are(columns):
         (_too_many, "more entries than slots"),
         (_points_of_others, "more points than the position"),
         (_a_bucket_beyond, "beyond the vocabulary"),
-        (_the_same_id_again, "not strictly increasing"),
         (_more_points_than_there_are, "more entries than slots"),
     ],
 )
@@ -175,6 +169,23 @@ def test_what_breaks_a_rule_is_named(change, fault):
     codec.decode_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS)
     change(columns)
     with pytest.raises(CorruptStoreError, match=f"in row 0 .*{fault}"):
+        codec.decode_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS)
+
+
+def test_a_list_that_does_not_increase_is_refused():
+    tables, predicted, columns = full_row()
+    codec.check_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS, 7)
+    columns["entry_bucket"][0, 1] = 0
+    columns["entry_offset"][:] = 0
+    with pytest.raises(ValueError, match=r"increase strictly in rank, .* but row 7"):
+        codec.check_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS, 7)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_offsets_that_a_reader_would_run_beyond_are_named(length):
+    tables, predicted, columns = full_row()
+    columns["entry_offset"] = columns["entry_offset"][:, :length]
+    with pytest.raises(CorruptStoreError, match="more offset bits than there are"):
         codec.decode_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS)
 
 
@@ -210,7 +221,7 @@ def test_an_id_among_heads_and_tails_is_refused():
     columns = encode(tables, entries, block_points, POINTS)
     predicted = np.arange(LENGTH)[None] == 3
     codec.decode_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS)
-    with pytest.raises(ValueError, match="one entry of an id, but row 2"):
+    with pytest.raises(ValueError, match="one entry of each, but row 2"):
         codec.check_rows(tables, predicted, columns, BLOCK, BLOCK * SLOTS, 2)
 
 
