@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from pydantic import ValidationError
 
-from logit_store import layout, storage
+from logit_store import layout, remote, storage
 from schemas.errors import CorruptStoreError
 from schemas.manifest import (
     SEGMENT_SHARDS,
@@ -87,7 +87,7 @@ class Ledger:
             return None
         try:
             found = LedgerSummary.model_validate_json(raw)
-            intact = found.is_intact() and _summary_bytes(found) == raw
+            intact = found.is_intact() and summary_bytes(found) == raw
         except (ValidationError, UnicodeDecodeError):
             intact = False
         if not intact or found.manifest_fingerprint != identity(self._manifest):
@@ -138,16 +138,20 @@ class Ledger:
         loose, segments = self._list()
         for number in range(self._num_segments):
             span = self._span(number)
-            if number in segments:
+            there = [index for index in span if index in loose]
+            found = [] if number in segments else list(self._read_records(there))
+            # Also if a compaction came between the listing and the reads.
+            if number in segments or len(found) < len(there):
                 try:
-                    lines = self._segment_lines(number) or [b""] * len(span)
+                    lines = self._segment_lines(number)
                 except CorruptStoreError:
                     lines = [b""] * len(span)
-                for index, line in zip(span, lines, strict=True):
-                    yield index, self._path + segment_key(number), line
-            else:
-                for index, raw in self._read_records([index for index in span if index in loose]):
-                    yield index, self._path + record_key(index), raw
+                if lines is not None:
+                    for index, line in zip(span, lines, strict=True):
+                        yield index, self._path + segment_key(number), line
+                    continue
+            for index, raw in found:
+                yield index, self._path + record_key(index), raw
 
     def superseded(self) -> list[tuple[int, str]]:
         """Shards and keys of records that lie beside the segment that replaces them."""
@@ -221,6 +225,8 @@ class Ledger:
         first = self.record(index)
         if first is None:
             storage.write_new(self._store, record_key(index), record_bytes(sealed))
+            # The first writer's may have come and gone into a segment since it was looked for.
+            self._check_superseded(index // SEGMENT_SHARDS, [index])
             first = self.record(index)
         if first is None or _data(first) != _data(sealed):
             raise CorruptStoreError(
@@ -236,14 +242,15 @@ class Ledger:
         For the driver alone. Returns the number of shards committed. Interrupted at any point it
         leaves a ledger that says the same, and the next call goes on.
         """
-        if self.summary() is not None:
-            return self._manifest.num_shards
         loose, segments = self._list()
         for number in range(self._num_segments):
             span = self._span(number)
             there = [index for index in span if index in loose]
             if number not in segments and len(there) == len(span):
                 found = [self.parse(raw, i, record_key(i)) for i, raw in self._read_records(there)]
+                if len(found) < len(span):
+                    # Another driver is at it, and what was listed is in its segment by now.
+                    continue
                 lines = b"".join(record_bytes(record) for record in found)
                 storage.write_new(self._store, segment_key(number), lines)
                 segments.add(number)
@@ -251,20 +258,26 @@ class Ledger:
                 # Only after the segment is there: at every moment each record exists somewhere.
                 self._check_superseded(number, there)
                 self._delete([record_key(index) for index in there])
-        if len(segments) == self._num_segments:
-            storage.write_new(self._store, _SUMMARY_KEY, _summary_bytes(self.sum_up()))
+        if len(segments) == self._num_segments and self.summary() is None:
+            storage.write_new(self._store, _SUMMARY_KEY, summary_bytes(self.sum_up()))
         return sum(len(self._span(number)) for number in segments) + sum(
             index // SEGMENT_SHARDS not in segments for index in loose
         )
 
-    def withdraw(self, indices: Iterable[int]) -> None:
+    def withdraw(self, indices: Iterable[int], instead: Iterable[LedgerRecord] = ()) -> None:
         """Take back the records of some shards, which then count as not written. Driver only.
 
-        The summary goes first and a segment last, so that what is interrupted withdraws nothing
-        but what was asked for. A segment that is torn is only deleted: withdraw all of its shards.
+        `instead` replaces the records of other shards. The summary goes first and a segment last,
+        so that what is interrupted withdraws nothing but what was asked for. A segment that is torn
+        is only deleted: withdraw or replace all of its shards.
         """
-        wanted = set(indices)
+        withdrawn = set(indices)
+        replaced = {record.spec.index: record_bytes(record.sealed()) for record in instead}
+        wanted = withdrawn | set(replaced)
         self._delete([_SUMMARY_KEY])
+        for index, raw in replaced.items():
+            with remote.explained(self._store):
+                self._store.write(record_key(index), raw).result()
         for number in sorted({index // SEGMENT_SHARDS for index in wanted}):
             try:
                 lines = self._segment_lines(number) or []
@@ -274,7 +287,7 @@ class Ledger:
                 if index not in wanted:
                     storage.write_new(self._store, record_key(index), line)
             self._delete([segment_key(number)])
-        self._delete([record_key(index) for index in sorted(wanted)])
+        self._delete([record_key(index) for index in sorted(withdrawn)])
 
     # Parts
 
@@ -282,10 +295,13 @@ class Ledger:
         """Indices of the shards with a record of their own, and numbers of the segments."""
         records, segments = set(), set()
         for key in storage.list_keys(self._store):
-            if (found := re.fullmatch(r"(\d{8,})\.json", key)) is not None:
-                records.add(int(found[1]))
-            elif (found := re.fullmatch(r"segment-(\d{6,})\.jsonl", key)) is not None:
-                segments.add(int(found[1]))
+            found = re.fullmatch(r"(segment-)?([0-9]{6,})\.jsonl?", key)
+            number = -1 if found is None else int(found[2])
+            # Only under its own key is an object found again: 000000001.json is a stranger.
+            if key == record_key(number):
+                records.add(number)
+            elif key == segment_key(number):
+                segments.add(number)
         shards = self._manifest.num_shards
         return (
             {index for index in records if index < shards},
@@ -310,7 +326,8 @@ class Ledger:
             some = indices[start : start + _AT_ONCE]
             reads = [self._store.read(record_key(index)) for index in some]
             for index, read in zip(some, reads, strict=True):
-                result = read.result()
+                with remote.explained(self._store):
+                    result = read.result()
                 if result.state == "value":
                     yield index, result.value
 
@@ -354,7 +371,8 @@ class Ledger:
         for start in range(0, len(keys), _AT_ONCE):
             writes = [self._store.write(key, None) for key in keys[start : start + _AT_ONCE]]
             for write in writes:
-                write.result()
+                with remote.explained(self._store):
+                    write.result()
 
 
 def _data(record: LedgerRecord) -> tuple[object, ...]:
@@ -362,5 +380,6 @@ def _data(record: LedgerRecord) -> tuple[object, ...]:
     return record.spec, record.tokens_sha256, record.files
 
 
-def _summary_bytes(summary: LedgerSummary) -> bytes:
+def summary_bytes(summary: LedgerSummary) -> bytes:
+    """The exact bytes of a stored summary."""
     return (summary.canonical_json() + "\n").encode()

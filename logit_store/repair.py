@@ -9,15 +9,26 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from logit_store import layout, manifests, storage
+from logit_store import layout, remote, storage
 from logit_store.ledger import Ledger, shard_spec
-from logit_store.verify import Contents, Problem, Report, target_names, verify
+from logit_store.verify import (
+    Contents,
+    Problem,
+    Report,
+    is_vouched_for,
+    read_table,
+    sound_manifests,
+    table_keys,
+    target_names,
+    verify,
+)
 from schemas.errors import RetortError
 from schemas.manifest import (
     LedgerRecord,
     Manifest,
     ShardFile,
     TargetsManifest,
+    identity,
 )
 
 Progress = Callable[[int, str], None]
@@ -39,16 +50,14 @@ def repair(
 ) -> tuple[Report, Outcome]:
     """Verify a store and mend what can be mended; without `apply` only say how.
 
+    Returns what was found before anything was mended.
+
     Withdrawn shards are missing afterwards, and `retort tokenize` or `retort dump` with the config
     that made them writes just those. Raises StoreNotFoundError if there is nothing.
     """
     report = verify(url, progress)
     work = _Repair(url, apply)
-    # A manifest that came back from its copy lets all that depends on it be judged.
-    if any(problem.kind == "manifest" for problem in report.problems):
-        work.manifests(report.problems)
-        if apply:
-            report = verify(url, progress)
+    work.manifests([p for p in report.problems if p.kind == "manifest"])
     work.rest([p for p in report.problems if p.kind != "manifest"])
     return report, work.outcome
 
@@ -58,16 +67,18 @@ class _Repair:
         self._url, self._apply = url, apply
         self._store = storage.open_kvstore(url)
         self.outcome = Outcome()
+        self._sound: dict[str | None, Manifest] = {}
 
     def _put(self, key: str, raw: bytes, how: str) -> None:
         if storage.read_bytes(self._store, key) == raw:
             return
         self.outcome.mended.append(f"{key}: {how}")
         if self._apply:
-            self._store.write(key, raw).result()
+            with remote.explained(self._store):
+                self._store.write(key, raw).result()
 
     def _delete(self, key: str) -> None:
-        if self._apply:
+        with remote.explained(self._store):
             self._store.write(key, None).result()
 
     def manifests(self, problems: list[Problem]) -> None:
@@ -75,38 +86,33 @@ class _Repair:
         names = target_names(set(storage.list_keys(self._store)))
         for name in (None, *names):
             key, copy = layout.group_path(name) + layout.GROUP_KEY, layout.manifest_copy_key(name)
-            if not any(problem.file in (key, copy) for problem in problems):
-                continue
-            sound = self._sound_manifest(name, key) or self._sound_manifest(name, copy)
-            if sound is None:
+            sound, _ = sound_manifests(self._url, name)
+            if not sound:
                 self.outcome.left.append(f"{key}: both it and {copy} are damaged")
                 continue
-            raw = layout.group_json(sound)
+            manifest = next(iter(sound.values()))
+            if len({identity(m) for m in sound.values()}) == 2 and not is_vouched_for(
+                self._url, name, manifest
+            ):
+                self.outcome.left.append(f"{key}: it and {copy} differ, and both are whole")
+                continue
+            self._sound[name] = manifest
+            raw = layout.group_json(manifest)
+            if storage.read_bytes(self._store, key) == raw:
+                # It is whole, and what is wrong is what it says.
+                self.outcome.left += [f"{key}: {p.what}" for p in problems if p.file == key]
             self._put(key, raw, f"written again from {copy}")
             self._put(copy, raw, f"written again from {key}")
         if names:
             key = layout.TARGETS + layout.GROUP_KEY
             self._put(key, layout.group_json(None), "written again")
 
-    def _sound_manifest(self, name: str | None, key: str) -> Manifest | None:
-        raw = storage.read_bytes(self._store, key)
-        if raw is None:
-            return None
-        try:
-            manifest = manifests.parse_manifest(raw, self._url, name, key)
-        except RetortError:
-            return None
-        return manifest
-
     def rest(self, problems: list[Problem]) -> None:
         """All but manifests, group by group."""
         for name in sorted({p.targets for p in problems}, key=lambda name: name or ""):
-            mine = [p for p in problems if p.targets == name and p.kind not in ("stray",)]
-            if not mine:
-                continue
-            try:
-                manifest = manifests.read_manifest(self._url, name)
-            except RetortError:
+            mine = [p for p in problems if p.targets == name and p.kind != "stray"]
+            manifest = self._sound.get(name)
+            if not mine or manifest is None:
                 continue
             self._metadata(name, manifest, [p for p in mine if p.kind == "metadata"])
             if isinstance(manifest, TargetsManifest):
@@ -136,20 +142,16 @@ class _Repair:
         for problem in problems:
             name = problem.targets
             assert name is not None
-            for table, spec in layout.table_arrays(manifest).items():
-                key = layout.group_path(name) + spec.shard_key(0)
-                copy = layout.table_copy_key(name, table)
-                if problem.file == copy:
-                    raw = storage.read_bytes(self._store, key)
-                    assert raw is not None
-                    self._put(copy, raw, f"written again from {key}")
+            for table in layout.table_arrays(manifest):
+                key, copy = keys = table_keys(name, manifest, table)
+                if problem.file not in keys:
+                    continue
+                other = copy if problem.file == key else key
+                raw = storage.read_bytes(self._store, other)
+                if raw is not None and read_table(manifest, table, raw) is not None:
+                    self._put(problem.file, raw, f"written again from {other}")
                 elif problem.file == key:
-                    raw = storage.read_bytes(self._store, copy)
-                    if raw is None:
-                        self.outcome.left.append(f"{key}: both it and {copy} are damaged")
-                    else:
-                        # A copy that is damaged too fails its checksum at the next verification.
-                        self._put(key, raw, f"written again from {copy}")
+                    self.outcome.left.append(f"{key}: both it and {copy} are damaged")
 
     def _shards(self, name: str | None, manifest: Manifest, problems: list[Problem]) -> None:
         if not problems:
@@ -161,7 +163,7 @@ class _Repair:
         )
         records = {}
         for index in doubted:
-            record = derive_record(self._url, name, manifest, index)
+            record = derive_record(self._url, name, manifest, self._sound.get(None), index)
             if record is None:
                 lost.append(index)
             else:
@@ -177,23 +179,30 @@ class _Repair:
             self.outcome.mended.append(f"{ledger.summary_key}: written again from the records")
         if not self._apply:
             return
-        ledger.withdraw([*lost, *records])
         for index in lost:
-            # Also what looks whole: of two shards that were swapped, both are lost.
+            # Also what looks whole: of two shards that were swapped, both are lost. Data goes
+            # before its record: if it ends here, the next verification finds the same shards lost.
             for spec in layout.row_arrays(manifest).values():
                 self._delete(layout.group_path(name) + spec.shard_key(index))
-        for record in records.values():
-            ledger.commit(record)
+        ledger.withdraw(lost, records.values())
         ledger.compact()
 
 
 def derive_record(
-    url: str, name: str | None, manifest: Manifest, index: int
+    url: str, name: str | None, manifest: Manifest, tokens: Manifest | None, index: int
 ) -> LedgerRecord | None:
-    """A shard's record from its stored data, or None if any of that is damaged or missing."""
+    """A shard's record from its stored data, or None if any of that is damaged or missing.
+
+    `tokens` is the manifest of the store's tokens, if there still is one.
+    """
+    if tokens is None:
+        return None
     spec = shard_spec(manifest, index)
+    contents = Contents(url, name, manifest, tokens)
+    if contents.is_blind:
+        return None
     try:
-        tokens_sha256, statistics = Contents(url, name).describe(spec.first_row, spec.stop_row)
+        tokens_sha256, statistics = contents.describe(spec.first_row, spec.stop_row)
     except (RetortError, ValueError, LookupError):
         return None
     store = storage.open_kvstore(url, layout.group_path(name))

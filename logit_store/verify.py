@@ -10,13 +10,16 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
+import tensorstore as ts
 
-from logit_store import layout, manifests, reader, storage
+from logit_store import layout, manifests, reader, remote, storage
+from logit_store.codec import Vocabulary
 from logit_store.ledger import Ledger, shard_spec
-from logit_store.rows import check_targets, check_tokens, tokens_statistics
+from logit_store.rows import TargetRows, check_targets, check_tokens, tokens_statistics
 from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
 from schemas.manifest import (
     LedgerRecord,
@@ -24,6 +27,7 @@ from schemas.manifest import (
     ShardStatistics,
     TargetsManifest,
     TokensManifest,
+    identity,
 )
 
 Progress = Callable[[int, str], None]
@@ -74,8 +78,11 @@ def verify(url: str, progress: Progress = lambda done, note: None) -> Report:
             f"A store must exist to be verified, but there is nothing at {url}; check the path."
         )
     check = _Check(url, keys, progress)
-    for name in (None, *target_names(keys)):
+    names = target_names(keys)
+    for name in (None, *names):
         check.group(name)
+    if names:
+        check.targets_group()
     check.strays()
     return check.report
 
@@ -99,33 +106,43 @@ class _Check:
         self._url, self._progress = url, progress
         self._store = storage.open_kvstore(url)
         self._keys, self._known = keys, set[str]()
+        self._tokens: TokensManifest | None = None
+        self._sound_tokens = np.zeros(0, bool)
+        """Shards of tokens that are as recorded, so that targets can be held against them."""
 
     def group(self, name: str | None) -> None:
         """Check the tokens or one set of targets."""
         group = layout.group_path(name)
-        try:
-            manifest = manifests.read_manifest(self._url, name)
-        except RetortError as error:
-            self._problem("manifest", group + layout.GROUP_KEY, str(error), name)
+        keys = group + layout.GROUP_KEY, layout.manifest_copy_key(name)
+        found, faults = sound_manifests(self._url, name)
+        for key, what in faults.items():
+            self._problem("manifest", key, what, name)
+        if not found:
             # Without a manifest nothing else of the group can be judged.
-            copy = layout.manifest_copy_key(name)
-            others = (f"{group}", copy.removesuffix(".json"))
+            others = (f"{group}", keys[1].removesuffix(".json"))
             self._known |= {key for key in self._keys if key.startswith(others)}
             return
-        raw = layout.group_json(manifest)
-        self._expect("manifest", group + layout.GROUP_KEY, raw, name)
-        self._expect("manifest", layout.manifest_copy_key(name), raw, name)
-        if name is not None:
-            self._expect("manifest", layout.TARGETS + layout.GROUP_KEY, layout.group_json(None))
+        # By a copy all else can be judged as well.
+        manifest = next(iter(found.values()))
+        for key in found:
+            self._expect("manifest", key, layout.group_json(manifest), name)
         for array in layout.arrays(manifest).values():
             key = f"{group}{array.name}/{layout.GROUP_KEY}"
             self._expect("metadata", key, layout.array_json(array), name)
         if isinstance(manifest, TokensManifest):
+            self._tokens = manifest
             self._corpus(manifest)
         else:
             assert name is not None
             self._tables(name, manifest)
+            if self._tokens and manifest.tokens_fingerprint != identity(self._tokens):
+                what = f"it is over tokens {manifest.tokens_fingerprint}, which are not the store's"
+                self._problem("manifest", group + layout.GROUP_KEY, what, name)
         self._shards(name, manifest)
+
+    def targets_group(self) -> None:
+        """Check the group that holds the sets of targets, which says nothing itself."""
+        self._expect("manifest", layout.TARGETS + layout.GROUP_KEY, layout.group_json(None))
 
     def strays(self) -> None:
         """Whatever nothing accounts for. TensorStore itself hides the locks of its local driver."""
@@ -167,20 +184,30 @@ class _Check:
 
     def _tables(self, name: str, manifest: TargetsManifest) -> None:
         """Each table must be the manifest's, and its copy the same bytes."""
-        for table, spec in layout.table_arrays(manifest).items():
-            key = layout.group_path(name) + spec.shard_key(0)
-            copy = layout.table_copy_key(name, table)
-            self._known |= {key, copy}
-            try:
-                reader.read_table(self._url, name, manifest, table)
-            except CorruptStoreError as error:
-                self._problem("table", key, str(error), name)
-                continue
-            raw = storage.read_bytes(self._store, key)
-            assert raw is not None
-            self._expect("table", copy, raw, name)
-            self.report.files += 1
-            self.report.bytes += len(raw)
+        values: dict[str, np.ndarray] = {}
+        for table in layout.table_arrays(manifest):
+            keys = table_keys(name, manifest, table)
+            found = [storage.read_bytes(self._store, key) for key in keys]
+            read = [read_table(manifest, table, raw) for raw in found]
+            sound = [raw for raw, got in zip(found, read, strict=True) if got is not None]
+            values.update((table, got) for got in read if got is not None)
+            for key, raw in zip(keys, found, strict=True):
+                self._known.add(key)
+                if raw is None:
+                    self._problem("table", key, "the file is missing", name)
+                elif raw not in sound:
+                    self._problem("table", key, "its values are not the manifest's", name)
+                elif raw != sound[0]:
+                    self._problem("table", key, f"its bytes are not those of {keys[0]}", name)
+                else:
+                    self.report.files += 1
+                    self.report.bytes += len(raw)
+        if "vocabulary_order" in values and "bucket_bits" in values:
+            found_tables = Vocabulary(values["vocabulary_order"], values["bucket_bits"])
+            what = found_tables.fault(manifest.teacher.vocab_size)
+            if what is not None:
+                key = layout.group_path(name) + layout.GROUP_KEY
+                self._problem("manifest", key, f"of its tables, {what}", name)
 
     def _shards(self, name: str | None, manifest: Manifest) -> None:
         group = layout.group_path(name)
@@ -190,8 +217,10 @@ class _Check:
         for index in range(manifest.num_shards):
             # Data without a record is what a killed writer leaves; it is not part of the store.
             self._known |= {group + spec.shard_key(index) for spec in specs}
-        contents = Contents(self._url, name)
+        contents = Contents(self._url, name, manifest, self._tokens or manifest)
+        judged = self._judged_rows(name, manifest)
         seen = np.zeros(manifest.num_shards, bool)
+        sound = np.zeros(manifest.num_shards, bool)
         for index, key, raw in ledger.lines():
             seen[index] = True
             self.report.shards += 1
@@ -200,29 +229,49 @@ class _Check:
                 record = ledger.parse(raw, index, key)
             except CorruptStoreError as error:
                 self._problem("ledger", key, str(error), name, index)
+                self._unrecorded(name, manifest, index)
                 continue
             if record.spec != shard_spec(manifest, index):
                 what = "the record was written under another manifest or for other rows"
                 self._problem("ledger", key, what, name, index)
                 continue
             if self._files(name, index, record, {group + spec.shard_key(index) for spec in specs}):
-                fault = contents.fault(record)
+                rows = slice(record.spec.first_row, record.spec.stop_row)
+                can_judge = judged[rows].all() and not contents.is_blind
+                fault = contents.fault(record) if can_judge else None
                 if fault is not None:
                     self._problem("data", key, fault, name, index)
+                sound[index] = fault is None
+        if name is None:
+            self._sound_tokens = np.repeat(sound, manifest.shard_sequences)
         for index, key in ledger.superseded():
             fault = ledger.superseded_fault(index)
             if fault is not None:
                 self._problem("ledger", key, fault, name, index)
-        self._summary(name, ledger, np.flatnonzero(~seen))
+        self._summary(name, manifest, ledger, np.flatnonzero(~seen))
 
-    def _summary(self, name: str | None, ledger: Ledger, unseen: np.ndarray) -> None:
+    def _judged_rows(self, name: str | None, manifest: Manifest) -> np.ndarray:
+        """bool [N]: rows whose tokens are sound, so that what is wrong in them is their own."""
+        rows = np.ones(manifest.num_sequences, bool)
+        if name is not None:
+            found = self._sound_tokens[: len(rows)]
+            rows[: len(found)] &= found
+            rows[len(found) :] = False
+        return rows
+
+    def _summary(
+        self, name: str | None, manifest: Manifest, ledger: Ledger, unseen: np.ndarray
+    ) -> None:
         """The summary, if the ledger has come so far, must be the sum of the records."""
+        summary = None
         try:
             summary = ledger.summary()
+            there = summary is not None
         except CorruptStoreError as error:
             self._problem("ledger", ledger.summary_key, str(error), name)
-            return
-        if summary is None:
+            # Also what can no longer be read was only written when every shard was committed.
+            there = True
+        if not there:
             self.report.missing_shards += len(unseen)
             if ledger.is_compacted():
                 what = "the file is missing, though every shard is committed"
@@ -231,6 +280,7 @@ class _Check:
         for index in unseen.tolist():
             what = "the record is missing, though the summary counts it"
             self._problem("ledger", ledger.segment_key_of(index), what, name, index)
+            self._unrecorded(name, manifest, index)
         if not any(p.kind == "ledger" and p.targets == name for p in self.report.problems):
             if summary != ledger.sum_up():
                 what = "it is not the sum of the records"
@@ -256,14 +306,110 @@ class _Check:
             self.report.bytes += file.size_bytes
         return len(self.report.problems) == before
 
+    def _unrecorded(self, name: str | None, manifest: Manifest, index: int) -> None:
+        """Hold a shard whose record is damaged against the checksums of its own chunks."""
+        spec = shard_spec(manifest, index)
+        for array in layout.row_arrays(manifest).values():
+            try:
+                stored = _open_array(self._url, layout.group_path(name), array)
+                stored[spec.first_row : spec.stop_row].read().result()
+            except (ValueError, OSError) as error:
+                remote.raise_if_unanswered(self._url, error)
+                key = layout.group_path(name) + array.shard_key(index)
+                what = "it is missing, or its bytes do not match their checksums"
+                self._problem("data", key, what, name, index)
+
+
+def sound_manifests(url: str, name: str | None) -> tuple[dict[str, Manifest], dict[str, str]]:
+    """By key, a group's manifest and its copy, as far as they are whole, and what is wrong if not.
+
+    The one to go by comes first: of two that are whole and differ, that under which the ledger's
+    records were written.
+    """
+    store = storage.open_kvstore(url)
+    found: dict[str, Manifest] = {}
+    faults = {}
+    for key in (layout.group_path(name) + layout.GROUP_KEY, layout.manifest_copy_key(name)):
+        raw = storage.read_bytes(store, key)
+        if raw is None:
+            faults[key] = "the file is missing"
+            continue
+        try:
+            found[key] = manifests.parse_manifest(raw, url, name, key)
+        except RetortError as error:
+            faults[key] = str(error)
+    if len({identity(manifest) for manifest in found.values()}) == 2:
+        order = sorted(found, key=lambda key: not is_vouched_for(url, name, found[key]))
+        found = {key: found[key] for key in order}
+    return found, faults
+
+
+def is_vouched_for(url: str, name: str | None, manifest: Manifest) -> bool:
+    """Whether the first whole record of the group's ledger was written under this manifest."""
+    ledger = Ledger(url, name, manifest)
+    for index, key, raw in ledger.lines():
+        try:
+            record = ledger.parse(raw, index, key)
+        except CorruptStoreError:
+            continue
+        return record.spec == shard_spec(manifest, index)
+    return False
+
+
+def _open_array(url: str, group: str, spec: layout.ArraySpec) -> Any:
+    """An array for reading as the manifest implies it, whatever its own metadata says."""
+    array = {
+        "driver": "zarr3",
+        "kvstore": storage.kvstore_spec(url, f"{group}{spec.name}/"),
+        "metadata": spec.metadata(),
+        "assume_metadata": True,
+        "fill_missing_data_reads": False,
+    }
+    return ts.open(array, context=remote.CONTEXT).result()
+
+
+class _StoredRows(reader._Rows):
+    """All rows by a manifest, whatever a ledger and metadata say that may be damaged themselves."""
+
+    def __init__(self, url: str, name: str | None, manifest: Manifest):
+        self.url, self._name, self._manifest = url, name, manifest
+        self.committed = np.ones(manifest.num_shards, bool)
+        group = layout.group_path(name)
+        specs = layout.row_arrays(manifest)
+        self._arrays = {array: _open_array(url, group, spec) for array, spec in specs.items()}
+
 
 class Contents:
     """The decoded rows of one group, held against the format's rules and their records."""
 
-    def __init__(self, url: str, name: str | None):
-        self._url, self._name = url, name
-        self._tokens: reader.TokensReader | None = None
-        self._targets: reader.TargetsReader | None = None
+    def __init__(self, url: str, name: str | None, manifest: Manifest, tokens: Manifest):
+        self._url, self._name, self._manifest = url, name, manifest
+        self._tokens = _StoredRows(url, None, tokens)
+        self._targets = None if name is None else _StoredRows(url, name, manifest)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """The tables, each from where it is whole, or None if one is lost."""
+        assert self._name is not None
+        assert isinstance(self._manifest, TargetsManifest)
+        store = storage.open_kvstore(self._url)
+        found = {}
+        for table in ("vocabulary_order", "bucket_bits"):
+            for key in table_keys(self._name, self._manifest, table):
+                values = read_table(self._manifest, table, storage.read_bytes(store, key))
+                if values is not None:
+                    found[table] = values
+        if len(found) < 2:
+            return None
+        return Vocabulary(found["vocabulary_order"], found["bucket_bits"])
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing can be decoded, because a table is lost or fits no other."""
+        if not isinstance(self._manifest, TargetsManifest):
+            return False
+        vocabulary = self._vocabulary
+        return vocabulary is None or vocabulary.fault(self._manifest.teacher.vocab_size) is not None
 
     def fault(self, record: LedgerRecord) -> str | None:
         """What is wrong with a shard whose files are as recorded, or None."""
@@ -280,31 +426,50 @@ class Contents:
 
         Raises ValueError or a RetortError for what is wrong with them.
         """
-        # Opened here, so that a damaged manifest is a problem of each shard that depends on it.
-        if self._tokens is None:
-            self._tokens = reader.TokensReader(self._url)
-        if self._targets is None and self._name is not None:
-            self._targets = reader.TargetsReader(self._url, self._name)
         digest = hashlib.sha256()
         statistics = ShardStatistics(tokens=0)
         for rows in _pieces(first_row, stop_row):
-            tokens = self._tokens.columns(rows)
-            digest.update(np.ascontiguousarray(tokens["tokens"], "<i4").tobytes())
-            first = int(rows[0])
-            if self._targets is None:
-                segments = tokens["segment_ids"]
-                check_tokens(self._tokens.manifest, tokens["tokens"], segments, first)
-                found = tokens_statistics(segments)
-            else:
-                found = check_targets(
-                    self._targets.manifest,
-                    self._targets.vocabulary,
-                    tokens["segment_ids"],
-                    self._targets.stored(rows),
-                    first,
-                )
-            statistics = statistics.plus(found)
+            columns = self._tokens.columns(rows)
+            digest.update(np.ascontiguousarray(columns["tokens"], "<i4").tobytes())
+            statistics = statistics.plus(self._sums(columns, rows))
         return digest.hexdigest(), statistics
+
+    def _sums(self, tokens: dict[str, np.ndarray], rows: np.ndarray) -> ShardStatistics:
+        first, segments = int(rows[0]), tokens["segment_ids"]
+        if isinstance(self._manifest, TokensManifest):
+            check_tokens(self._manifest, tokens["tokens"], segments, first)
+            return tokens_statistics(segments)
+        assert self._targets is not None
+        assert self._vocabulary is not None
+        targets = TargetRows(**self._targets.columns(rows))
+        return check_targets(self._manifest, self._vocabulary, segments, targets, first)
+
+
+def table_keys(name: str, manifest: TargetsManifest, table: str) -> tuple[str, str]:
+    """Keys of a table's only chunk and of its copy, relative to the store."""
+    spec = layout.table_arrays(manifest)[table]
+    return layout.group_path(name) + spec.shard_key(0), layout.table_copy_key(name, table)
+
+
+def read_table(manifest: TargetsManifest, table: str, raw: bytes | None) -> np.ndarray | None:
+    """The values in the only chunk of the manifest's table, or None if they are any others."""
+    if raw is None:
+        return None
+    spec = layout.table_arrays(manifest)[table]
+    context = ts.Context()
+    ts.KvStore.open({"driver": "memory"}, context=context).result().write("c/0", raw).result()
+    array = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "memory"},
+        "metadata": spec.metadata(),
+        "assume_metadata": True,
+    }
+    try:
+        values = ts.open(array, context=context).result().read().result()
+    except ValueError:
+        return None
+    is_right = layout.table_digest(values) == layout.table_digests(manifest)[table]
+    return values if is_right else None
 
 
 def _pieces(first_row: int, stop_row: int) -> Iterator[np.ndarray]:
