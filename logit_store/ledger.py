@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from logit_store import layout, remote, storage
-from schemas.errors import CorruptStoreError
+from schemas.errors import CorruptStoreError, StorageError
 from schemas.manifest import (
     SEGMENT_SHARDS,
     LedgerRecord,
@@ -224,11 +224,16 @@ class Ledger:
         index = sealed.spec.index
         first = self.record(index)
         if first is None:
-            storage.write_new(self._store, record_key(index), record_bytes(sealed))
+            self._write_if_absent(record_key(index), record_bytes(sealed))
             # The first writer's may have come and gone into a segment since it was looked for.
             self._check_superseded(index // SEGMENT_SHARDS, [index])
             first = self.record(index)
-        if first is None or _data(first) != _data(sealed):
+        if first is None:
+            raise StorageError(
+                f"A record that was written must be there, but that of shard {index} of "
+                f"{self._url} is not; check the bucket and run again."
+            )
+        if _data(first) != _data(sealed):
             raise CorruptStoreError(
                 f"Writers of one shard must produce equal bytes, but two of shard {index} of "
                 f"{self._url} did not; use one kind of hardware, and run `retort repair "
@@ -248,9 +253,6 @@ class Ledger:
             there = [index for index in span if index in loose]
             if number not in segments and len(there) == len(span):
                 found = [self.parse(raw, i, record_key(i)) for i, raw in self._read_records(there)]
-                if len(found) < len(span):
-                    # Another driver is at it, and what was listed is in its segment by now.
-                    continue
                 lines = b"".join(record_bytes(record) for record in found)
                 storage.write_new(self._store, segment_key(number), lines)
                 segments.add(number)
@@ -366,6 +368,13 @@ class Ledger:
                     f"{self._url} did not; use one kind of hardware, and run `retort repair "
                     f"{self._url}`."
                 )
+
+    def _write_if_absent(self, key: str, raw: bytes) -> None:
+        """Write an object unless it exists; by the next moment the driver may have compacted it."""
+        with remote.explained(self._store):
+            found = self._store.read(key).result()
+            if found.state == "missing":
+                self._store.write(key, raw, if_equal=found.stamp.generation).result()
 
     def _delete(self, keys: list[str]) -> None:
         for start in range(0, len(keys), _AT_ONCE):
