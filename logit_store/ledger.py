@@ -326,10 +326,10 @@ class Ledger:
     def _read_records(self, indices: list[int]) -> Iterator[tuple[int, bytes]]:
         for start in range(0, len(indices), _AT_ONCE):
             some = indices[start : start + _AT_ONCE]
-            reads = [self._store.read(record_key(index)) for index in some]
-            for index, read in zip(some, reads, strict=True):
-                with remote.explained(self._store):
-                    result = read.result()
+            with remote.explained(self._store):
+                reads = [self._store.read(record_key(index)) for index in some]
+                results = [read.result() for read in reads]
+            for index, result in zip(some, results, strict=True):
                 if result.state == "value":
                     yield index, result.value
 
@@ -378,9 +378,9 @@ class Ledger:
 
     def _delete(self, keys: list[str]) -> None:
         for start in range(0, len(keys), _AT_ONCE):
-            writes = [self._store.write(key, None) for key in keys[start : start + _AT_ONCE]]
-            for write in writes:
-                with remote.explained(self._store):
+            with remote.explained(self._store):
+                writes = [self._store.write(key, None) for key in keys[start : start + _AT_ONCE]]
+                for write in writes:
                     write.result()
 
 
