@@ -124,7 +124,10 @@ def exact_rows(
         p = jnp.where(predicted[:, None], p, 0.0)
         found = []
         for case, key in zip(todo, keys, strict=True):
-            c = samplers.propose(case.spec, vocab, tile, key)
+            draft = samplers.propose(case.spec, vocab, tile, params["embedding"], key)
+            c = jax.tree.map(
+                lambda x: x[0], samplers.settle(jax.tree.map(lambda x: x[None], draft))
+            )
             found.append((*c, p[c.position, c.id]))
         label = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0] - tile.log_total
         means = [jnp.matmul(p, table) for table in tables]

@@ -20,7 +20,8 @@ from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
 from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
 from schemas.model import ModelConfig
-from teacher_dump.samplers import CHUNK, Candidates, Tile, expected_entries, make_tile, propose
+from teacher_dump import samplers
+from teacher_dump.samplers import CHUNK, Candidates, Draft, Tile
 
 _TILE_TOKENS = 1024
 
@@ -196,7 +197,7 @@ def _make_tile(
     is_id = jnp.arange(scores.shape[1]) < vocab_size
     scores = jnp.where(is_id[None, :], scores, -jnp.inf)
     largest = None if config.final_cap is None else config.final_cap / temperature
-    tile, entropy = make_tile(scores, predicted, largest)
+    tile, entropy = samplers.make_tile(scores, predicted, largest)
     return tile, entropy, scores
 
 
@@ -243,30 +244,34 @@ def sample_rows(
         lambda row_key: jax.vmap(lambda i: jax.random.fold_in(row_key, i))(jnp.arange(count))
     )(row_keys)
 
-    def one_tile(item: tuple[Array, ...]) -> tuple[Candidates, Array, Array]:
-        tile_hidden, tile_predicted, tile_labels, first, tile_key = item
+    table = embedding(params).astype(hidden.dtype)
+
+    def one_tile(item: tuple[Array, ...]) -> tuple[Draft, Array, Array]:
+        tile_hidden, tile_predicted, tile_labels, tile_key = item
         tile, entropy, scores = _make_tile(
             params, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
         )
         label = jnp.take_along_axis(scores, tile_labels[:, None], axis=1)[:, 0] - tile.log_total
-        found = propose(spec, vocab_size, tile, tile_key)
         return (
-            found._replace(position=found.position + first),
+            samplers.propose(spec, vocab_size, tile, table, tile_key),
             entropy,
             jnp.where(tile_predicted, jnp.minimum(label, 0.0), 0.0),
         )
 
     tiles = batch * count
-    found, entropy, label = jax.lax.map(
+    drafts, entropy, label = jax.lax.map(
         one_tile,
         (
             hidden.reshape(tiles, size, -1),
             predicted.reshape(tiles, size),
             labels.reshape(tiles, size),
-            jnp.tile(jnp.arange(count, dtype=jnp.int32) * size, batch),
             keys.reshape(tiles),
         ),
     )
+    # Of all tiles at once: a loop over pairs of ids is short work for each.
+    found = samplers.settle(drafts)
+    firsts = jnp.tile(jnp.arange(count, dtype=jnp.int32) * size, batch)
+    found = found._replace(position=found.position + firsts[:, None])
     return (
         jax.tree.map(lambda x: x.reshape(batch, -1), found),
         entropy.reshape(batch, length),
@@ -295,7 +300,7 @@ def _expected_entries(
 
     def one_tile(item: tuple[Array, Array]) -> Array:
         tile, _, _ = _make_tile(params, config, *item, temperature, vocab_size)
-        return expected_entries(name, tile, points)
+        return samplers.expected_entries(name, tile, points)
 
     return jax.lax.map(
         one_tile, (hidden.reshape(-1, size, hidden.shape[-1]), predicted.reshape(-1, size))
