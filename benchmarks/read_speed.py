@@ -41,11 +41,9 @@ from student_train.data import Batch, StoreSource, place
 
 
 class Mapped:
-    """Rows of stored columns out of memory maps of their shard files: index, blosc, nothing else."""
+    """Rows of stored columns out of memory maps of their shards: index, blosc, nothing else."""
 
-    def __init__(
-        self, store: str, targets: str, manifest: layout.Manifest, tokens: layout.Manifest
-    ):
+    def __init__(self, store: str, targets: str, manifest: Manifest, tokens: Manifest):
         self._parts = []
         for group, of in (("", tokens), (f"targets/{targets}/", manifest)):
             for spec in layout.row_arrays(of).values():
