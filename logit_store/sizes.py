@@ -59,12 +59,12 @@ class StoredBytes:
 
 MEASURED = StoredBytes(
     tokens_bytes_per_token=1.27,
-    statistics_bytes_per_token=1.66,
-    head_bytes_per_entry=1.39 / 12.2,
-    id_bytes_per_entry=15.57 / 12.2,
+    statistics_bytes_per_token=1.68,
+    head_bytes_per_entry=1.32 / 12.02,
+    id_bytes_per_entry=15.72 / 12.02,
     ledger_bytes_per_shard=735 + 1323,
-    entries_per_token=12.2,
-    source="to be measured",
+    entries_per_token=12.02,
+    source="98,304 tokens of English and code, vocabulary 256,000, entropy 3.46 nats, 2026-11-25",
 )
 
 
