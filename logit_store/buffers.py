@@ -2,8 +2,8 @@
 
 Every batch of a run has the same shapes. Memory fresh from the system costs a page fault for each
 of its pages, which took 38 of the 139 ns that a token cost to read; memory that was used before
-does not. An array's memory comes back when the array and all views of it are gone, so that it can be
-held, sliced and handed to a device like any other.
+does not. An array's memory comes back when the array and all views of it are gone, so that it can
+be held, sliced and handed to a device like any other.
 """
 
 import threading

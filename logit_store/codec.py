@@ -374,7 +374,7 @@ def _decode_row(
         return _TOO_MANY_BITS
     # Entries at which a list begins; those of empty lists are the next one's.
     is_first = np.zeros(room + 1, np.uint8)
-    entry = 0
+    entry = np.int64(0)
     for block in range(blocks):
         points = np.int64(block_points[block])
         for position in range(block * block_tokens, (block + 1) * block_tokens):
@@ -397,8 +397,7 @@ def _decode_row(
             return _TOO_MANY
     extent[1] = entry
 
-    entry = 0
-    cursor = np.int64(0)
+    entry, cursor = np.int64(0), np.int64(0)
     fill = np.zeros(blocks, np.int64)
     for tail in range(2):
         for block in range(blocks):
@@ -419,8 +418,9 @@ def _decode_row(
             )
             if cursor < 0:
                 return -cursor
+            points = np.int64(block_points[block])
             # A block without points has no entries that would need a share.
-            share = np.float32(1.0) / np.float32(max(np.int64(block_points[block]), 1))
+            share = np.float32(1.0) / np.float32(points + (points == 0))
             if tail:
                 end = (block + 1) * slots_per_block
                 entry_weight[slot : slot + count] = share

@@ -63,12 +63,14 @@ def export(config: ExportConfig) -> int:
 
     Raises ConfigError if the folder exists, so that nothing is lost by a slip of the pen.
     """
+    assert config.run is not None
     if config.out.exists():
         raise ConfigError(
             f"--out must not exist yet, but {config.out} does; choose another folder or remove it."
         )
     beside = config.run / exporting.EXPORT_FOLDER / TOKENIZER_FILE
-    return exporting.export(config, tokenizer=beside if beside.is_file() else None)
+    tokenizer = beside if beside.is_file() else None
+    return exporting.export(config.run, config.out, config.step, tokenizer)
 
 
 def _tokenizer(path: Path | None, store: str) -> Tokenizer | None:

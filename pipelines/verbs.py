@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console, RenderableType
 
-from logit_store import manifests
+from logit_store import manifests, parquet
 from logit_store.inspect import terminal
 from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.verify import verify as verify_store
@@ -105,6 +105,14 @@ def evaluate(config: EvalConfig, console: Console) -> int:
 
 
 def export(config: ExportConfig, console: Console) -> int:
+    if config.store is not None:
+        total = manifests.read_manifest(config.store, config.targets).num_shards
+        with progress.bar(Console(stderr=True), "export", total, "shards") as advance:
+            files, rows = parquet.export(config.store, config.targets, config.out, advance)
+        console.print(
+            f"targets '{config.targets}': {rows:,} sequences in {files} files, {config.out}"
+        )
+        return 0
     step = training.export(config)
     console.print(f"model of step {step}: {config.out}")
     return 0

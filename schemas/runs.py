@@ -194,11 +194,25 @@ class EvalConfig(Document):
 
 
 class ExportConfig(Document):
-    """A trained student as a Hugging Face folder: `retort export`."""
+    """A student as a Hugging Face folder, or a store's targets as Parquet: `retort export`."""
 
-    run: Path = Field(description="The `out` folder of a training run.")
-    out: Path = Field(description="Folder to create; transformers opens it.")
-    step: int | None = Field(None, ge=0, description="Checkpointed step; default: the newest.")
+    run: Path | None = Field(
+        None, description="The `out` folder of a training run, whose student is exported."
+    )
+    store: str | None = Field(None, description="A store, whose targets are exported.")
+    out: Path = Field(description="Folder to create: for transformers, or of Parquet files.")
+    step: int | None = Field(
+        None, ge=0, description="Of a run: the checkpointed step; default: the newest."
+    )
+    targets: str = Field("default", description="Of a store: the name of the set of targets.")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.run is None) == (self.store is None):
+            raise ValueError("exactly one of run and store must be given")
+        if self.run is None and self.step is not None:
+            raise ValueError("step is of a run, and a store has none")
+        return self
 
 
 QuickstartSize = Literal["tiny", "small"]

@@ -12,36 +12,36 @@ from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import model as gemma2
 from schemas.errors import CheckpointError
 from schemas.model import ModelConfig
-from schemas.runs import ExportConfig
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints
 
 EXPORT_FOLDER = "export"
 
 
-def export(config: ExportConfig, *, tokenizer: Path | None = None) -> int:
-    """Write a checkpointed step of a run as float32 safetensors; returns the step.
+def export(run: Path, out: Path, step: int | None, tokenizer: Path | None = None) -> int:
+    """Write a checkpointed step (None: the newest) of a run as float32 safetensors; returns it.
 
     Raises CheckpointError if the run has no such checkpoint.
     """
-    if not config.run.is_dir():
+    if not run.is_dir():
         raise CheckpointError(
-            f"run must be the `out` folder of a training run, but {config.run} is no folder; "
+            f"run must be the `out` folder of a training run, but {run} is no folder; "
             "check the path."
         )
-    with Checkpoints(config.run, keep=None) as checkpoints:
+    with Checkpoints(run, keep=None) as checkpoints:
         known = checkpoints.steps()
-        step = (known[-1] if known else None) if config.step is None else config.step
+        if step is None and known:
+            step = known[-1]
         if step is None or step not in known:
             raise CheckpointError(
-                f"step must be a checkpointed one, but {config.run} has {known or 'none'} and "
+                f"step must be a checkpointed one, but {run} has {known or 'none'} and "
                 f"{'none was' if step is None else step} asked for; choose one of them."
             )
         model = checkpoints.identity(step).model
         shapes = jax.eval_shape(partial(gemma2.init_params, model), jax.random.key(0))
         host = SingleDeviceSharding(jax.local_devices()[0])
         abstract = meshes.abstract(shapes, jax.tree.map(lambda _: host, shapes))
-        write(config.out, model, checkpoints.restore_params(step, abstract), tokenizer)
+        write(out, model, checkpoints.restore_params(step, abstract), tokenizer)
         return step
 
 
