@@ -264,6 +264,13 @@ def test_a_record_is_derived_from_data_that_is_whole(store, golden):
     assert files(store) == golden
 
 
+def test_a_ledger_that_is_gone_but_for_scraps_is_derived(store, golden):
+    (store / TARGETS / "ledger/segment-000000.jsonl").unlink()
+    (store / TARGETS / "ledger/summary.json").write_bytes(b"?")
+    assert mended(store).withdrawn == {}
+    assert files(store) == golden
+
+
 def test_records_that_contradict_each_other_are_derived_again(store, golden):
     """A late writer's record beside the segment, which vouches for other bytes."""
     ledger = Ledger(str(store), "default", small_store.targets_manifest())

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_store
+import tensorstore as ts
 
-from logit_store import storage, writer
+from logit_store import layout, storage, writer
 from logit_store import verify as verifier
 from logit_store.ledger import Ledger, record_bytes, summary_bytes
 from logit_store.verify import Problem, verify
@@ -399,6 +400,59 @@ def test_tables_are_the_manifests_and_not_only_whole(store, tmp_path):
     (problem,) = verify(str(store)).problems
     assert (problem.kind, problem.file) == ("table", name)
     assert problem.what == "its values are not the manifest's"
+
+
+def test_a_copy_of_a_table_in_other_bytes_is_found(store):
+    """Of equal values: they would be the manifest's, and not what the writer wrote."""
+    spec = layout.table_arrays(small_store.targets_manifest())["bucket_bits"]
+    metadata = spec.metadata()
+    metadata["codecs"][1]["configuration"]["clevel"] = 1
+    metadata["codecs"][1]["configuration"]["cname"] = "lz4"
+    other = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{store}/other/"},
+        "metadata": metadata,
+    }
+    bits = small_store.tables().vocabulary.bucket_bits
+    ts.open(other, create=True).result().write(bits).result()
+    raw = (store / "other/c/0").read_bytes()
+    for name in ("other/c/0", "other/zarr.json"):
+        (store / name).unlink()
+    copy = store / "copies/targets/default/bucket_bits"
+    assert raw != copy.read_bytes()
+    copy.write_bytes(raw)
+    (problem,) = verify(str(store)).problems
+    assert (problem.kind, problem.file) == ("table", "copies/targets/default/bucket_bits")
+    assert problem.what == f"its bytes are not those of {TARGETS}bucket_bits/c/0"
+
+
+def test_records_are_missed_though_the_summary_cannot_be_read(store):
+    """It was only written when every shard was committed, whatever it said."""
+    (store / TARGETS / "ledger/segment-000000.jsonl").unlink()
+    (store / TARGETS / "ledger/summary.json").write_bytes(b"?")
+    report = verify(str(store))
+    assert report.missing_shards == 0
+    assert [p.shard for p in report.problems] == [None, 0, 1, 2]
+
+
+def test_targets_are_not_held_against_tokens_that_are_wrong_themselves(store, tmp_path):
+    """Other tokens, with a record that vouches for their bytes but not for their sums."""
+    tokens, segments = small_store.token_rows()
+    tokens[0, 0] += 1
+    other = str(tmp_path / "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_store, "token_rows", lambda: (tokens, segments))
+        small_store.write_tokens(other)
+    ledger = Ledger(other, None, small_store.tokens_manifest())
+    record = ledger.record(0)
+    assert record is not None
+    sums = record.statistics.model_copy(update={"tokens": 1})
+    ledger.withdraw([], [record.model_copy(update={"statistics": sums})])
+    ledger.compact()
+    for name in ("tokens/c/0/0", "ledger/segment-000000.jsonl", "ledger/summary.json"):
+        (store / name).write_bytes((Path(other) / name).read_bytes())
+    (problem,) = verify(str(store)).problems
+    assert (problem.kind, problem.targets, problem.shard) == ("data", None, 0)
 
 
 def test_problems_are_told_with_their_place():
