@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from logit_store import layout, manifests, reader, storage
-from logit_store.ledger import Ledger
+from logit_store.ledger import Ledger, summary_bytes
 from schemas.manifest import Manifest, ShardStatistics, TokensManifest
 
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
@@ -52,7 +52,7 @@ def summary(url: str, name: str | None) -> Summary:
         group_manifest = manifests.read_manifest(url, group)
         found = _ledger(url, group, group_manifest)
         # A manifest, and each table below, is stored twice.
-        metadata += 2 * len(layout.group_json(group_manifest)) + found.record_bytes
+        metadata += 2 * len(layout.group_json(group_manifest)) + found.ledger_bytes
         metadata += sum(len(layout.array_json(a)) for a in layout.arrays(group_manifest).values())
         array_bytes |= found.array_bytes
         if isinstance(group_manifest, TokensManifest):
@@ -94,14 +94,18 @@ class _Sums:
     shards: int
     statistics: ShardStatistics
     array_bytes: dict[str, int]
-    record_bytes: int
+    ledger_bytes: int
 
 
 def _ledger(url: str, name: str | None, manifest: Manifest) -> _Sums:
     ledger = Ledger(url, name, manifest)
-    found = ledger.summary() or ledger.sum_up()
+    summary = ledger.summary()
+    found = summary or ledger.sum_up()
     return _Sums(
-        int(ledger.committed().sum()), found.statistics, dict(found.array_bytes), found.record_bytes
+        int(ledger.committed().sum()),
+        found.statistics,
+        dict(found.array_bytes),
+        found.record_bytes + (0 if summary is None else len(summary_bytes(summary))),
     )
 
 
