@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from logit_store.decode import TargetRows
 
-from logit_store import writer
-from logit_store.codec import encode_weights
+from logit_store import codec, writer
+from logit_store.codec import RowEntries
 from logit_store.layout import predicted_mask
+from logit_store.ledger import Ledger
+from logit_store.rows import TargetRows
 from schemas.manifest import (
+    Corpus,
     SamplerSpec,
     TargetsManifest,
     TeacherInfo,
@@ -34,10 +36,15 @@ VOCAB = 61
 SUCCESSORS = 4
 BLOCK = 8
 ENTRIES = 5
+POINTS = 10_000
+CORPUS = Corpus(sources=(), splits=())
 
 
 def chain(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(successors int [V, 4] ascending, probabilities [V, 4]); no token follows itself."""
+    """(successors int [V, 4] ascending, probabilities [V, 4]); no token follows itself.
+
+    Probabilities are whole points, so that what is stored is exact.
+    """
     random = np.random.default_rng(seed)
     successors = np.stack(
         [
@@ -45,7 +52,9 @@ def chain(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
             for token in range(VOCAB)
         ]
     )
-    return successors, random.dirichlet(np.ones(SUCCESSORS), VOCAB)
+    points = np.maximum(np.floor(random.dirichlet(np.ones(SUCCESSORS), VOCAB) * POINTS), 1)
+    points[np.arange(VOCAB), points.argmax(axis=1)] += POINTS - points.sum(axis=1)
+    return successors, points / POINTS
 
 
 def make_rows(rows: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,41 +74,37 @@ def make_rows(rows: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray
     return tokens, segments
 
 
+def tables() -> writer.Tables:
+    """Every id alike, and cumulated as numbered."""
+    counts = np.ones(VOCAB, np.int64)
+    return writer.Tables(codec.make_vocabulary(counts, ENTRIES), np.arange(VOCAB, dtype=np.uint32))
+
+
 def make_targets(tokens: np.ndarray, segments: np.ndarray, roll: int = 0) -> TargetRows:
     """Exact targets of the chain; `roll` stores those of position t - roll at position t."""
     successors, probabilities = chain()
     rows, length = tokens.shape
     mask = predicted_mask(segments)
     source = np.roll(tokens, roll, axis=1)
-    count = np.where(mask, SUCCESSORS, 0).astype(np.uint16)
-    blocks = length // BLOCK
-    slots = BLOCK * ENTRIES
-    ids = np.full((rows, blocks, slots), 0xFFFFFFFF, np.uint32)
-    weights = np.ones((rows, blocks, slots), np.float32)
-    floor = np.ones((rows, blocks), np.float32)
+    vocabulary = tables().vocabulary
+    encoded = []
     for row in range(rows):
-        for block in range(blocks):
-            span = slice(block * BLOCK, (block + 1) * BLOCK)
-            chosen = source[row, span][mask[row, span]]
-            used = len(chosen) * SUCCESSORS
-            ids[row, block, :used] = successors[chosen].reshape(-1)
-            weights[row, block, :used] = probabilities[chosen].reshape(-1)
-            floor[row, block] = max(1e-4, weights[row, block, :used].min(initial=1.0))
-    weights = np.maximum(weights, floor[:, :, None])
-    uniforms = np.full(weights.shape, 0.5, np.float32)
+        at = np.flatnonzero(mask[row])
+        chosen = source[row, at]
+        points = np.round(probabilities[chosen] * POINTS).astype(np.int64)
+        entries = RowEntries(
+            at.repeat(SUCCESSORS), successors[chosen].reshape(-1), points.reshape(-1)
+        )
+        encoded.append(codec.encode_row(vocabulary, entries, length, length * ENTRIES, POINTS))
     log_probability = np.log(probabilities)
     entropy = -(probabilities * log_probability).sum(axis=1)
     hit = successors[tokens] == np.roll(tokens, -1, axis=1)[..., None]
     label = np.where(hit, log_probability[tokens], 0).sum(axis=2)
+    nats = np.stack([np.where(mask, entropy[tokens], 0), np.where(mask, -label, 0)], axis=1)
     return TargetRows(
-        entry_count=count,
-        entry_id=ids.reshape(rows, -1),
-        entry_weight=encode_weights(weights, floor[:, :, None], uniforms, "log_uint16").reshape(
-            rows, -1
-        ),
-        weight_floor=floor,
-        teacher_entropy=np.where(mask, entropy[tokens], 0).astype(np.float16),
-        label_logprob=np.where(mask, label, 0).astype(np.float16),
+        **{name: np.stack([row[name] for row in encoded]) for name in encoded[0]},
+        block_points=np.full((rows, length // BLOCK), POINTS, np.uint16),
+        teacher_nats=codec.encode_nats(nats, np.full(nats.shape, 0.5)),
     )
 
 
@@ -119,19 +124,19 @@ def make_store(
         num_sequences=rows,
         sequence_tokens=length,
         shard_sequences=shard_sequences,
-        sources=(),
-        splits=(),
+        corpus=CORPUS.summary(),
         software={"seed": str(seed)},
     )
     # Sources are empty here, so the tokenizer's digest stands for the content.
     info = manifest.tokenizer.model_copy(update={"sha256": f"{seed:064d}"})
     manifest = manifest.model_copy(update={"tokenizer": info})
-    writer.create_tokens(str(url), manifest)
+    writer.create_tokens(str(url), manifest, CORPUS)
     tokens, segments = make_rows(rows, length, seed)
     tokens_writer = writer.TokensWriter(str(url))
     for spec in writer.plan_shards(manifest):
         part = slice(spec.first_row, spec.stop_row)
         tokens_writer.write(spec, tokens[part], segments[part])
+    Ledger(str(url), None, manifest).compact()
     if targets:
         add_targets(url, "default", tokens, segments, roll)
     return url
@@ -150,21 +155,22 @@ def add_targets(
         teacher=TeacherInfo(
             name="chain", config_sha256="1" * 64, weights_sha256="2" * 64, vocab_size=VOCAB
         ),
-        sampler=SamplerSpec(name="full", entries_per_token=ENTRIES, block_tokens=BLOCK),
-        weight_code="log_uint16",
+        sampler=SamplerSpec(
+            name="systematic", points=POINTS, slots_per_token=ENTRIES, block_tokens=BLOCK
+        ),
+        vocabulary=tables().info(),
         seed=0,
+        dtype="float32",
         batch_sequences=1,
         software={},
     )
-    writer.create_targets(str(url), name, manifest)
+    writer.create_targets(str(url), name, manifest, tables())
     targets_writer = writer.TargetsWriter(str(url), name)
     encoded = make_targets(tokens, segments, roll)
     for spec in writer.plan_shards(manifest)[:shards]:
         part = slice(spec.first_row, spec.stop_row)
-        rows = TargetRows(
-            **{field: getattr(encoded, field)[part] for field in TargetRows.__dataclass_fields__}
-        )
-        targets_writer.write(spec, tokens[part], segments[part], rows)
+        targets_writer.write(spec, tokens[part], segments[part], encoded.part(part))
+    Ledger(str(url), name, manifest).compact()
 
 
 def small_config(folder: Path, out: Path, **changes: object) -> TrainConfig:

@@ -7,15 +7,22 @@ import pytest
 from student_store import chain, make_store
 
 from schemas.errors import AlignmentError
+from schemas.manifest import SamplerSpec
 from student_train.alignment import check_alignment, neighbour_weights
-from student_train.data import StoreSource
+from student_train.data import Batch, StoreSource
 
 ROWS = np.arange(12)
 
 
+def read(store: Path) -> tuple[Batch, SamplerSpec]:
+    source = StoreSource(str(store), "default")
+    assert source.targets_manifest is not None
+    return source.read(ROWS), source.targets_manifest.sampler
+
+
 def test_the_next_token_gets_the_weight_that_the_chain_gives_it(tmp_path: Path) -> None:
-    batch = StoreSource(str(make_store(tmp_path / "store")), "default").read(ROWS)
-    found = check_alignment(batch, "here")
+    batch, sampler = read(make_store(tmp_path / "store"))
+    found = check_alignment(batch, sampler, "here")
     successors, probabilities = chain()
     given = []
     for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
@@ -30,20 +37,19 @@ def test_the_next_token_gets_the_weight_that_the_chain_gives_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("roll", [-1, 1])
 def test_rows_rolled_by_one_are_refused(tmp_path: Path, roll: int) -> None:
-    batch = StoreSource(str(make_store(tmp_path / "store", roll=roll)), "default").read(ROWS)
-    found = neighbour_weights(batch)
+    batch, sampler = read(make_store(tmp_path / "store", roll=roll))
+    found = neighbour_weights(batch, sampler)
     message = (
         rf"those of 'x' put {found.own:.4f} on the token itself, {found.next:.4f} on the next and "
         rf"{found.after_next:.4f} on the one after"
     )
     with pytest.raises(AlignmentError, match=message):
-        check_alignment(batch, "'x'")
+        check_alignment(batch, sampler, "'x'")
     assert (found.own, found.after_next)[roll < 0] > 0.3 > found.next
 
 
 def test_targets_of_other_rows_are_refused(tmp_path: Path) -> None:
-    source = StoreSource(str(make_store(tmp_path / "store")), "default")
-    batch = source.read(ROWS)
+    batch, sampler = read(make_store(tmp_path / "store"))
     silent = batch._replace(entry_weight=np.zeros_like(batch.entry_weight))
     with pytest.raises(AlignmentError, match=r"0\.0000 on the next"):
-        check_alignment(silent, "here")
+        check_alignment(silent, sampler, "here")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from student_store import BLOCK, ENTRIES, add_targets, make_rows, make_store
+from student_store import ENTRIES, add_targets, make_rows, make_store
 
 from schemas.errors import IncompleteStoreError, StoreNotFoundError
 from student_train.data import Batch, RowOrder, StoreSource, permuted, place, prefetch, row_order
@@ -82,7 +82,28 @@ def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
     batch = source.read(rows)
     np.testing.assert_array_equal(batch.tokens, tokens[rows])
     np.testing.assert_array_equal(batch.segment_ids, segments[rows])
-    np.testing.assert_array_equal(batch.entry_position[:, :: BLOCK * ENTRIES] % BLOCK, 0)
+    again = source.read(np.arange(20))
+    for found, all_rows in zip(batch, again, strict=True):
+        np.testing.assert_array_equal(found, all_rows[rows])
+
+
+def test_what_top_k_stores_of_all_other_ids_is_no_entry(tmp_path: Path) -> None:
+    source = StoreSource(str(make_store(tmp_path / "store")), "default")
+    rows = np.arange(4)
+    before = source.read(rows)
+    manifest = source.targets_manifest
+    assert manifest is not None
+    assert source._targets is not None
+    # Of a vocabulary that ends before it, an id is the rest.
+    last = int(before.entry_id.max())
+    teacher = manifest.teacher.model_copy(update={"vocab_size": last})
+    source._targets._manifest = manifest.model_copy(update={"teacher": teacher})
+    after = source.read(rows)
+    is_rest = before.entry_id == last
+    assert is_rest.any()
+    assert (after.entry_id[is_rest] == -1).all()
+    assert (after.entry_weight[is_rest] == 0).all()
+    np.testing.assert_array_equal(after.entry_weight[~is_rest], before.entry_weight[~is_rest])
 
 
 def test_an_incomplete_store_is_refused(tmp_path: Path) -> None:
