@@ -25,7 +25,7 @@ from schemas.errors import (
     ManifestMismatchError,
 )
 from schemas.model import ModelConfig
-from schemas.runs import EvalConfig, ExportConfig, OptimizerConfig, TrainConfig
+from schemas.runs import EvalConfig, OptimizerConfig, TrainConfig
 from student_train.evaluate import evaluate
 from student_train.export import export
 from student_train.interrupt import TrainingInterrupted
@@ -264,15 +264,15 @@ def test_an_export_holds_what_was_trained(
 ) -> None:
     config, result, _ = trained
     assert (result.export / "tokenizer.model").read_bytes() == b"pieces"
-    assert export(ExportConfig(run=config.out, out=tmp_path / "again")) == 150
+    assert export(config.out, tmp_path / "again", None) == 150
     name = "model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (result.export / name).read_bytes()
-    assert export(ExportConfig(run=config.out, out=tmp_path / "older", step=100)) == 100
+    assert export(config.out, tmp_path / "older", 100) == 100
     assert (tmp_path / "older" / name).read_bytes() != (result.export / name).read_bytes()
     with pytest.raises(CheckpointError, match=r"has \[100, 150\] and 30 asked for"):
-        export(ExportConfig(run=config.out, out=tmp_path / "none", step=30))
+        export(config.out, tmp_path / "none", 30)
     with pytest.raises(CheckpointError, match="nothing is no folder"):
-        export(ExportConfig(run=tmp_path / "nothing", out=tmp_path / "none"))
+        export(tmp_path / "nothing", tmp_path / "none", None)
 
 
 def test_an_export_scores_as_the_run_did_and_as_the_dense_model_does(
