@@ -6,9 +6,9 @@ import pytest
 
 from schemas import export
 from schemas.errors import ConfigError
-from schemas.manifest import LedgerRecord, SamplerSpec, ShardSpec, ShardStatistics
+from schemas.manifest import LedgerRecord, ShardSpec, ShardStatistics
 from schemas.model import ModelConfig
-from schemas.runs import TrainConfig
+from schemas.runs import SamplerConfig, TrainConfig
 
 
 def test_the_printed_schemas_are_current():
@@ -23,11 +23,26 @@ def test_an_unknown_key_is_named():
 
 
 def test_documents_are_frozen_and_equal_ones_have_equal_fingerprints():
-    spec = SamplerSpec(entries_per_token=5)
+    spec = SamplerConfig(entries_per_token=5)
     with pytest.raises(ValueError, match="frozen"):
         spec.entries_per_token = 6
-    assert spec.fingerprint() == SamplerSpec(name="threshold", entries_per_token=5).fingerprint()
-    assert spec.fingerprint() != SamplerSpec(entries_per_token=6).fingerprint()
+    assert spec.fingerprint() == SamplerConfig(name="systematic", entries_per_token=5).fingerprint()
+    assert spec.fingerprint() != SamplerConfig(entries_per_token=6).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "slots"),
+    [("systematic", 40, 18), ("multinomial", 40, 18), ("top_k", 65_535, 13), ("full", 65_535, 99)],
+)
+def test_a_sampler_is_made_definite(name, points, slots):
+    spec = SamplerConfig(name=name, entries_per_token=12).spec(40, 2048, 99)
+    assert (spec.points, spec.slots_per_token, spec.block_tokens) == (points, slots, 1024)
+    assert SamplerConfig(name=name).spec(40, 100, 99).block_tokens == 100
+
+
+def test_points_are_for_samplers_that_have_them():
+    with pytest.raises(ConfigError, match="points must be given for systematic or multinomial"):
+        SamplerConfig.parse({"name": "top_k", "points": 3}, "here")
 
 
 def test_a_record_that_was_altered_is_not_intact():
