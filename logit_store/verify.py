@@ -24,6 +24,7 @@ from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
 from schemas.manifest import (
     LedgerRecord,
     Manifest,
+    ShardSpec,
     ShardStatistics,
     TargetsManifest,
     TokensManifest,
@@ -218,7 +219,6 @@ class _Check:
             # Data without a record is what a killed writer leaves; it is not part of the store.
             self._known |= {group + spec.shard_key(index) for spec in specs}
         contents = Contents(self._url, name, manifest, self._tokens or manifest)
-        judged = self._judged_rows(name, manifest)
         seen = np.zeros(manifest.num_shards, bool)
         sound = np.zeros(manifest.num_shards, bool)
         for index, key, raw in ledger.lines():
@@ -236,28 +236,28 @@ class _Check:
                 self._problem("ledger", key, what, name, index)
                 continue
             if self._files(name, index, record, {group + spec.shard_key(index) for spec in specs}):
-                rows = slice(record.spec.first_row, record.spec.stop_row)
-                can_judge = judged[rows].all() and not contents.is_blind
+                can_judge = self._has_sound_tokens(name, record.spec) and not contents.is_blind
                 fault = contents.fault(record) if can_judge else None
                 if fault is not None:
                     self._problem("data", key, fault, name, index)
                 sound[index] = fault is None
         if name is None:
-            self._sound_tokens = np.repeat(sound, manifest.shard_sequences)
+            self._sound_tokens = sound
         for index, key in ledger.superseded():
             fault = ledger.superseded_fault(index)
             if fault is not None:
                 self._problem("ledger", key, fault, name, index)
         self._summary(name, manifest, ledger, np.flatnonzero(~seen))
 
-    def _judged_rows(self, name: str | None, manifest: Manifest) -> np.ndarray:
-        """bool [N]: rows whose tokens are sound, so that what is wrong in them is their own."""
-        rows = np.ones(manifest.num_sequences, bool)
-        if name is not None:
-            found = self._sound_tokens[: len(rows)]
-            rows[: len(found)] &= found
-            rows[len(found) :] = False
-        return rows
+    def _has_sound_tokens(self, name: str | None, spec: ShardSpec) -> bool:
+        """Whether the tokens of a shard's rows are sound, so that what is wrong is its own."""
+        if name is None:
+            return True
+        if self._tokens is None:
+            return False
+        step = self._tokens.shard_sequences
+        first, stop = spec.first_row // step, -(-spec.stop_row // step)
+        return stop <= len(self._sound_tokens) and bool(self._sound_tokens[first:stop].all())
 
     def _summary(
         self, name: str | None, manifest: Manifest, ledger: Ledger, unseen: np.ndarray
