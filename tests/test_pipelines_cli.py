@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_store
 
+from logit_store.codec import RowEntries
 from pipelines import cli
 from schemas.runs import DumpConfig, TrainConfig
 from teacher_dump import tokenizer as tokenizers
@@ -47,7 +48,10 @@ def test_help_lists_the_verbs(capsys):
             ["dump", "--store=s", "--teacher=t", "--sampler.block_tokens=0"],
             "sampler.block_tokens: Input should be greater than or equal to 1 (got '0')",
         ),
-        (["dump", "--store=s", "--teacher=t", "--sampler.draws=3"], "sampler: draws must be given"),
+        (
+            ["dump", "--store=s", "--teacher=t", "--sampler.name=full", "--sampler.points=3"],
+            "sampler: points must be given",
+        ),
         (["train", "--store=s", "--out=o", "--config", "none.yaml"], "none.yaml is not"),
         (["inspect", "/no/store"], "/no/store holds no tokens; check the path"),
         (["verify", "/no/store"], "holds no tokens"),
@@ -94,6 +98,10 @@ def test_none_can_be_said(tmp_path):
     assert found.targets is None
 
 
+def rows_of_entries() -> list[RowEntries]:
+    return small_store.row_entries()[0]
+
+
 @pytest.fixture
 def store(tmp_path) -> Path:
     small_store.write_store(str(tmp_path / "store"))
@@ -114,24 +122,23 @@ def test_inspect_stats_and_verify(capsys, store):
         summary["bytes_per_token"] * summary["tokens"]
         == size - (store / "targets/zarr.json").stat().st_size
     )
-    rows, expected = small_store.target_rows()
+    entries = np.concatenate([e.position + 16 * i for i, e in enumerate(rows_of_entries())])
     assert summary["tokens"] == 5 * 16 - 3
-    assert summary["entries_per_token"] == rows.entry_count.sum() / summary["tokens"]
+    assert summary["entries_per_token"] == len(entries) / summary["tokens"]
     status, out, _ = run(capsys, "stats", str(store), "--json")
     found = json.loads(out)["distributions"]["entries per token"]
-    counts = [len(entries) for entries in expected.values()]
-    assert found["mean"] == pytest.approx(np.mean(counts))
+    assert found["mean"] == pytest.approx(len(entries) / len(np.unique(entries)))
     status, out, _ = run(capsys, "verify", str(store))
     assert status == 0
     assert "intact (6 shards" in out
 
 
 def test_verify_names_the_shard_and_exits_with_1(capsys, store):
-    path = store / "targets/default/entry_id/c/1/0"
+    path = store / "targets/default/entry_bucket/c/1/0"
     path.write_bytes(path.read_bytes()[:-1])
     status, out, _ = run(capsys, "verify", str(store))
     assert status == 1
-    assert "shard 1: targets/default/entry_id/c/1/0" in out
+    assert "shard 1: targets/default/entry_bucket/c/1/0" in out
     status, out, _ = run(capsys, "verify", str(store), "--json")
     assert status == 1
     assert json.loads(out)["problems"][0]["shard"] == 1
@@ -165,14 +172,14 @@ def test_show_lists_candidates_by_weight(capsys, tmp_path, monkeypatch):
     )
     url = str(tmp_path / "store")
     small_store.write_store(url)
-    _, expected = small_store.target_rows()
+    entries = rows_of_entries()[1]
     status, out, _ = run(capsys, "show", url, "--sequence", "1", "--count", "16", "--json")
     assert status == 0
     for item in json.loads(out)["positions"]:
         weights = [c["weight"] for c in item.get("candidates", [])]
         assert weights == sorted(weights, reverse=True)
-        wanted = expected.get((1, item["position"]), {})
-        assert {c["id"] for c in item.get("candidates", [])} == set(wanted)
+        wanted = entries.id[entries.position == item["position"]]
+        assert {c["id"] for c in item.get("candidates", [])} == set(wanted.tolist())
     status, out, _ = run(capsys, "show", url, "--sequence", "1")
     assert status == 0
     status, _, err = run(capsys, "show", url, "--sequence", "5")

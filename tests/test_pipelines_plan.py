@@ -18,11 +18,9 @@ ROOT = Path(__file__).parents[1]
 COMMAND = "plan --tokens 2e12 --entries 12 --teacher gemma2-27b"
 ROUND = sizes.StoredBytes(
     tokens_bytes_per_token=2.0,
-    count_bytes_per_token=1.0,
-    floor_bytes_per_token=0.5,
     statistics_bytes_per_token=4.0,
+    head_bytes_per_entry=1.0,
     id_bytes_per_entry=3.0,
-    weight_bytes_per_entry={"log_uint8": 1.0, "log_uint16": 2.0},
     ledger_bytes_per_shard=100.0,
     entries_per_token=2,
     source="made up",
@@ -69,36 +67,34 @@ def planned(flags, **changes) -> planning.Plan:
 
 def test_the_store_is_as_worked_out_by_hand(small):
     found = planned(small)
-    # 2 + 1 + 0.5 + 4 and, twice, 3 + 1; 63 rows hold 1,000 tokens, in 16 shards of 8 files.
-    assert found.store.bytes_per_token == 15.5
+    # 2 + 4 and, twice, 3 + 1; 63 rows hold 1,000 tokens, in 16 shards of 8 files.
+    assert found.store.bytes_per_token == 14
     assert {part.arrays: part.bytes for part in found.store.parts} == {
         ("tokens", "segment_ids"): 2000,
-        ("entry_count",): 1000,
-        ("entry_id",): 6000,
-        ("entry_weight",): 2000,
-        ("weight_floor",): 500,
-        ("teacher_entropy", "label_logprob"): 4000,
+        ("head_count", "head_points", "block_points"): 2000,
+        ("entry_bucket", "entry_offset"): 6000,
+        ("teacher_nats",): 4000,
     }
     assert found.store.ledger_bytes == 16 * 100
-    assert found.store.bytes == 15_500 + 1_600
-    assert found.price_per_month == pytest.approx(17_100 / 1e9 * 0.5)
+    assert found.store.bytes == 14_000 + 1_600
+    assert found.price_per_month == pytest.approx(15_600 / 1e9 * 0.5)
     objects = found.objects
     assert (objects.sequences, objects.shards, objects.shard_files) == (63, 16, 128)
-    assert (objects.ledger_records, objects.ledger_segments, objects.metadata) == (32, 2, 11)
-    assert (objects.while_written, objects.complete) == (128 + 32 + 11, 128 + 2 + 11)
+    assert (objects.ledger_records, objects.ledger_objects, objects.metadata) == (32, 4, 23)
+    assert (objects.while_written, objects.complete) == (128 + 32 + 23, 128 + 4 + 23)
 
 
 def test_the_choices_of_shards_are_as_worked_out_by_hand(small):
     first, second, third = planned(small).shard_choices
-    assert (first.shard_sequences, first.shards, first.objects) == (4, 16, 141)
-    assert (first.shard_bytes, first.entry_id_bytes) == (4 * 16 * 15.5, 4 * 16 * 6)
+    assert (first.shard_sequences, first.shards, first.objects) == (4, 16, 155)
+    assert (first.shard_bytes, first.id_bytes) == (4 * 16 * 14, 4 * 16 * 6)
     assert first.index_bytes == 4 * 16 + 4
-    assert first.index_share == pytest.approx(8 * 68 / (16 * 15.5))
+    assert first.index_share == pytest.approx(8 * 68 / (16 * 14))
     assert first.teacher_seconds == pytest.approx(4 * 16 * 850 / 137.5e12)
-    assert (second.shard_sequences, second.shards, second.objects) == (16, 4, 32 + 2 + 11)
+    assert (second.shard_sequences, second.shards, second.objects) == (16, 4, 32 + 4 + 23)
     # More rows to a shard than there are: one shard of all 63.
-    assert (third.shard_sequences, third.shards, third.objects) == (64, 1, 8 + 2 + 11)
-    assert (third.shard_bytes, third.index_bytes) == (63 * 16 * 15.5, 63 * 16 + 4)
+    assert (third.shard_sequences, third.shards, third.objects) == (64, 1, 8 + 4 + 23)
+    assert (third.shard_bytes, third.index_bytes) == (63 * 16 * 14, 63 * 16 + 4)
 
 
 def test_the_teacher_is_as_worked_out_by_hand(small):
@@ -128,23 +124,19 @@ def test_the_reader_is_as_worked_out_by_hand(small):
     at_rate = planned(small | dict.fromkeys(students), train_tokens_per_second=800).reader
     assert at_rate.student_flops_per_token is None
     assert (at_rate.tokens_per_second, at_rate.sequences_per_second) == (800, 50)
-    assert at_rate.bytes_per_second == 800 * 15.5
+    assert at_rate.bytes_per_second == 800 * 14
     assert at_rate.index_bytes_per_second == 50 * 8 * 68
     assert (at_rate.requests_per_second, at_rate.requests_per_pass) == (50 * 8 * 2, 63 * 8 * 2)
     assert at_rate.seconds_per_pass == 1.25
 
 
-def test_wide_weights_cost_more(small):
-    assert planned(small, weight_code="log_uint16").store.bytes_per_token == 17.5
-
-
 def test_given_bytes_replace_the_measured_ones_in_proportion(small):
-    found = planned(small, bytes_per_token=31.0)
-    assert found.store.bytes_per_token == pytest.approx(31)
-    assert found.store.bytes == pytest.approx(31_000 + 1_600)
+    found = planned(small, bytes_per_token=28.0)
+    assert found.store.bytes_per_token == pytest.approx(28)
+    assert found.store.bytes == pytest.approx(28_000 + 1_600)
     sizes_of_parts = {part.arrays[0]: part.bytes_per_token for part in found.store.parts}
-    assert sizes_of_parts["entry_id"] == pytest.approx(12)
-    assert found.shard_choices[0].shard_bytes == pytest.approx(4 * 16 * 31)
+    assert sizes_of_parts["entry_bucket"] == pytest.approx(12)
+    assert found.shard_choices[0].shard_bytes == pytest.approx(4 * 16 * 28)
 
 
 def test_weights_that_no_chip_holds_take_several():
@@ -219,7 +211,6 @@ def test_defaults_are_those_of_the_store():
     assert config.sequence_tokens == fields["sequence_tokens"].default
     assert config.shard_sequences == fields["shard_sequences"].default
     assert config.entries == DumpConfig(store="s", teacher="t").sampler.entries_per_token
-    assert config.weight_code == DumpConfig(store="s", teacher="t").weight_code
 
 
 @pytest.mark.parametrize("written", ["2e12", "2E+12", "2000000000000", "2_000_000_000_000"])
@@ -345,12 +336,12 @@ def test_json_has_every_figure(capsys):
     ("flags", "shown"),
     [
         ("--price_per_chip_hour 2", "price $110,253 reader"),
-        ("--train_tokens_per_second 1e6", "training 1,000,000 tokens/s bandwidth 27.1 MB/s"),
+        ("--train_tokens_per_second 1e6", "training 1,000,000 tokens/s bandwidth 20.0 MB/s"),
         ("--train_tokens_per_second 1e6", "one pass 23.1 days"),
         ("--accelerator v5e", "at least 4 v5e"),
         ("--share_of_peak 0.25", "given share of peak, teacher 0.250 (--share_of_peak) datasheet"),
-        ("--shard_sequences 4096", "4,096 476,969 909 MB 610 MB 236 % 55.5 min"),
-        ("--shard_sequences 16384", "16,384 119,257 3.64 GB 2.44 GB 945 % 3.7 h"),
+        ("--shard_sequences 4096", "4,096 476,983 670 MB 527 MB 321 % 55.5 min"),
+        ("--shard_sequences 16384", "16,384 119,271 2.68 GB 2.11 GB 1,282 % 3.7 h"),
         ("--bytes_per_token 1010", "given bytes per token 1.01 kB (--bytes_per_token) measured"),
     ],
 )
