@@ -4,8 +4,8 @@ import numpy as np
 
 from logit_store import codec, writer
 from logit_store.codec import RowEntries
-from logit_store.ledger import Ledger
 from logit_store.layout import predicted_mask
+from logit_store.ledger import Ledger
 from logit_store.rows import TargetRows
 from schemas.manifest import (
     Corpus,
