@@ -185,7 +185,7 @@ def settle(draft: Draft) -> Candidates:
 
     chosen = jax.vmap(of_tile)(is_first, candidates.position, pair)
     gets_one = (balance.order >= 0) & (chosen == (balance.order % 2 == 0))
-    return candidates._replace(points=candidates.points + gets_one)
+    return candidates._replace(points=candidates.points + gets_one.astype(jnp.int32))
 
 
 def expected_entries(name: SamplerName, tile: Tile, points: Array) -> Array:
@@ -213,7 +213,7 @@ def _systematic(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, ke
     probability points · p, as in threshold sampling.
     """
     positions = len(tile.mass)
-    place_key, rest_key, flip_key = jax.random.split(key, 3)
+    place_key, rest_key, flip_key, halve_key = jax.random.split(key, 4)
     ends = _integer_ends(tile.mass)
     offset = jax.random.bits(place_key, (positions,), jnp.uint32) >> (32 - _FULL_BITS)
     # Below the integers' unit a point's place is drawn too; it never moves it to another chunk.
@@ -222,25 +222,30 @@ def _systematic(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, ke
     size = positions * drawn
     room = min(2 * _ROOM * spec.slots_per_token, drawn) * positions
 
-    def attempt(points: Array) -> tuple[Array, Array, Array]:
-        """Each point's id [size], whether it is the id's first point, whether all have room."""
-        ids = _ids_of_points(drawn, tile, ends, offset[:, None], below_unit[:, None], points)
+    ids = _ids_of_points(drawn, tile, ends, offset[:, None], below_unit[:, None])
+
+    def mark(ids: Array, points: Array) -> tuple[Array, Array]:
+        """Whether each of the first `points` is its id's first, and whether all ids have room."""
         is_first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         is_first &= tile.predicted[:, None] & (jnp.arange(drawn) < points)[None, :]
-        return ids.reshape(-1), is_first.reshape(-1), jnp.sum(is_first) <= room
+        return is_first, jnp.sum(is_first) <= room
 
-    # A tile with more entries than there is room for is far from fitting its slots, so its points
-    # are halved; all others, which is nearly all, take one attempt.
+    def halve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        points, ids, _, _ = state
+        kept = points // 4 * 2
+        shift = jax.random.randint(jax.random.fold_in(halve_key, points), (positions, 1), 0, points)
+        number = jnp.minimum(jnp.arange(drawn, dtype=jnp.int32), kept - 1)
+        ids = jnp.take_along_axis(ids, (number[None, :] * points + shift) // kept, axis=1)
+        return kept, ids, *mark(ids, kept)
+
+    # A tile with more entries than there is room for is far from fitting its slots, so evenly
+    # spaced ones of its points are kept, half of them. Points drawn anew would be biased: that
+    # there were many entries says where the first ones lay.
+    points = jnp.int32(drawn)
     points, ids, is_first, _ = jax.lax.while_loop(
-        lambda state: ~state[3] & (state[0] > 2),
-        lambda state: (state[0] // 4 * 2, *attempt(state[0] // 4 * 2)),
-        (
-            jnp.int32(2 * drawn),
-            jnp.zeros((size,), jnp.int32),
-            jnp.zeros((size,), bool),
-            jnp.bool_(False),
-        ),
+        lambda state: ~state[3] & (state[0] > 2), halve, (points, ids, *mark(ids, points))
     )
+    ids, is_first = ids.reshape(-1), is_first.reshape(-1)
     first = jnp.nonzero(is_first, size=room, fill_value=size)[0].astype(jnp.int32)
     exists = first < size
     position = jnp.where(exists, first // drawn, 0)
@@ -257,10 +262,11 @@ def _systematic(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, ke
 
 def _order_within(position: Array, is_open: Array, positions: int) -> Array:
     """int32 [M]: the number of each open candidate among those of its position, -1 if not open."""
-    before = jnp.cumsum(is_open) - is_open
-    counts = jnp.zeros((positions,), jnp.int32).at[position].add(is_open)
+    one = is_open.astype(jnp.int32)
+    before = jnp.cumsum(one) - one
+    counts = jnp.zeros((positions,), jnp.int32).at[position].add(one)
     starts = jnp.cumsum(counts) - counts
-    return jnp.where(is_open, before - starts[position], -1).astype(jnp.int32)
+    return jnp.where(is_open, before - starts[position], -1)
 
 
 def _gram(
@@ -276,17 +282,15 @@ def _gram(
     return jnp.einsum("bpd,bqd->bpq", differences, differences, preferred_element_type=jnp.float32)
 
 
-def _ids_of_points(
-    drawn: int, tile: Tile, ends: Array, offset: Array, below_unit: Array, points: Array
-) -> Array:
-    """int32 [B, drawn]: the id that each point falls on; behind the first `points`, the last one's.
+def _ids_of_points(drawn: int, tile: Tile, ends: Array, offset: Array, below_unit: Array) -> Array:
+    """int32 [B, drawn]: the id that each point falls on.
 
     ends [B, C] of the chunks, as `_integer_ends`; offset uint32 and below_unit float32 [B, 1].
     """
     positions, chunks = ends.shape
     shape = (positions, drawn)
-    number = jnp.minimum(jnp.arange(1, drawn + 1, dtype=jnp.int32), points)
-    number = jnp.broadcast_to(number, shape)
+    points = jnp.int32(drawn)
+    number = jnp.broadcast_to(jnp.arange(1, drawn + 1, dtype=jnp.int32), shape)
     # How many points lie before the end of each chunk: point j is in the first with j or more.
     reached = _grid(ends, offset, points)[0].astype(jnp.int32)
     chunk = _search(lambda at: jnp.take_along_axis(reached, at, axis=1) < number, shape, chunks)

@@ -4,6 +4,7 @@ What the accelerator proposes is settled here in NumPy, row by row: whole points
 there, and no more entries in a block than it has slots. All randomness is that of (seed, row).
 """
 
+from bisect import bisect_right
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from schemas.manifest import SamplerSpec
 from teacher_dump import samplers
 from teacher_dump.teacher import RowCandidates, Teacher
 
-# A block with too many entries loses one of so many parts of its points at a time.
+# A block that still has too many entries loses one of so many parts of its points at a time.
 _THINNING_STEPS = 64
 
 
@@ -107,7 +108,7 @@ def settle_row(
             continue
         _refuse_exact(spec, f"{mine.stop - mine.start} entries in block {block} of {where}")
         points[mine], block_points[block] = _thin_to_fit(
-            points[mine], position[mine], most, spec, random, where
+            points[mine], position[mine], most, spec, random
         )
     room = 8 * length * spec.slots_per_token
     while codec.offset_bits(vocabulary, ids[points > 0]) > room:
@@ -175,6 +176,8 @@ def _round(
     before = np.repeat(cumulated[starts] - points[starts], lengths)
     share = (cumulated - before) * np.repeat(total / _totals(points, position), lengths)
     reached = np.floor(share + np.repeat(random.random(len(starts)), lengths))
+    # The share before the last is the total too where the last is almost 0, give or take rounding.
+    reached = np.minimum(reached, total)
     reached[starts + lengths - 1] = total
     whole = np.diff(reached, prepend=0.0)
     whole[starts] = reached[starts]
@@ -187,20 +190,25 @@ def _thin_to_fit(
     most: int,
     spec: SamplerSpec,
     random: np.random.Generator,
-    where: str,
 ) -> tuple[np.ndarray, int]:
     """A block's points int64 [n] with as many of them per position as fit its slots, and how many.
 
-    `most` is what each position has at least.
+    `most` is what each position has at least. The expected number of entries says how many are
+    kept. Where more entries come out than expected, what is left is thinned further: thinning anew
+    until it fits would favour outcomes of few entries, in which large probabilities weigh more.
     """
-    for kept in range(most, 0, -max(1, spec.points // _THINNING_STEPS)):
-        thinned = _thin(points, position, kept, random)
-        if np.count_nonzero(thinned) <= spec.slots_per_block:
-            return thinned, kept
-    raise BudgetError(
-        f"A block must have a slot for each of its predicted tokens at least, but one of {where} "
-        f"has {spec.slots_per_block}; raise sampler.slots_per_token."
-    )
+    share = points / np.repeat(_totals(points, position), _runs(position)[1])
+
+    def expected(kept: int) -> float:
+        return float(np.minimum(share * kept, 1.0).sum())
+
+    # One point per position always fits: a block has a slot for each of its tokens at least.
+    kept = max(1, bisect_right(range(1, most + 1), float(spec.slots_per_block), key=expected))
+    points = _thin(points, position, kept, random)
+    while np.count_nonzero(points) > spec.slots_per_block:
+        kept -= max(1, kept // _THINNING_STEPS)
+        points = _thin(points, position, kept, random)
+    return points, kept
 
 
 def _thin(
@@ -212,10 +220,10 @@ def _thin(
     kept: each with the same probability, so that a share of them has the mean that it had of all.
     """
     starts, lengths = _runs(position)
-    totals = np.repeat(_totals(points, position), lengths)
-    offset = np.repeat(random.random(len(starts)), lengths)
+    total = _totals(points, position)
+    # In whole numbers, so that a position keeps `kept` exactly and the probability is exact too.
+    offset = np.repeat(random.integers(0, total), lengths)
+    total = np.repeat(total, lengths)
     cumulated = np.cumsum(points)
     stop = cumulated - np.repeat(cumulated[starts] - points[starts], lengths)
-    # Whole numbers divided: a position's last share is `kept` exactly.
-    ends = np.floor(stop * kept / totals + offset)
-    return (ends - np.floor((stop - points) * kept / totals + offset)).astype(np.int64)
+    return (stop * kept + offset) // total - ((stop - points) * kept + offset) // total

@@ -85,6 +85,7 @@ class Front(ThreadingHTTPServer):
         self.answer: tuple[int, bytes] | None = None
         self.refuse_once: list[int] = []
         self.turns = threading.Lock()
+        self.cut = threading.Lock()
 
     @property
     def url(self) -> str:

@@ -22,7 +22,9 @@ import pytest
 import small_store
 from bucket_servers import Bucket
 
-from logit_store import layout, ledger, reader, remote, writer
+from logit_store import layout, manifests, reader, remote, storage, writer
+from logit_store.ledger import Ledger
+from logit_store.repair import repair
 from logit_store.verify import verify
 from pipelines import cli
 from schemas.errors import (
@@ -75,6 +77,9 @@ def environment(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(remote, "_answered", {})
 
 
+TABLES = [f"targets/default/{table}/c/0" for table in small_store.tables().arrays()]
+
+
 def point_at(monkeypatch, scheme: str, url: str) -> None:
     """What a user sets to reach a server of their own."""
     if scheme == "gs":
@@ -113,6 +118,28 @@ def files(url: str) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def ledger_of(url: str, name: str | None) -> Ledger:
+    return Ledger(url, name, manifests.read_manifest(url, name))
+
+
+def create_tokens(url: str, **changes: object) -> None:
+    writer.create_tokens(url, small_store.tokens_manifest(**changes), small_store.CORPUS)
+
+
+def create_targets(url: str, name: str = "default", **changes: object) -> None:
+    manifest = small_store.targets_manifest(**changes)
+    writer.create_targets(url, name, manifest, small_store.tables())
+
+
+def write_shard(url: str, index: int) -> None:
+    """Commit one shard of the small store's targets."""
+    tokens, segments = small_store.token_rows()
+    spec = writer.plan_shards(small_store.targets_manifest())[index]
+    rows = slice(spec.first_row, spec.stop_row)
+    shard = small_store.part(small_store.target_rows(), spec)
+    writer.TargetsWriter(url, "default").write(spec, tokens[rows], segments[rows], shard)
+
+
 def assert_same_rows(url: str, local: str) -> None:
     order = [4, 0, 3, 0]
     found = reader.TargetsReader(url, "default").rows(order)
@@ -127,7 +154,10 @@ def test_a_store_in_a_bucket_is_byte_for_byte_the_local_one(bucket, path, local)
     assert bucket.objects(f"{path}/") == files(local)
     assert_same_rows(url, local)
     assert reader.list_targets(url) == ["default"]
-    assert writer.committed(url, "default") == writer.committed(local, "default")
+    for name in (None, "default"):
+        assert ledger_of(url, name).committed().all()
+        assert list(ledger_of(url, name).records()) == list(ledger_of(local, name).records())
+        assert ledger_of(url, name).summary() == ledger_of(local, name).summary()
     report, expected = verify(url), verify(local)
     assert report.ok
     assert report == expected
@@ -149,9 +179,12 @@ def test_writing_again_changes_nothing(bucket, path, local):
     small_store.write_store(url)
     bucket.front.requests.clear()
     small_store.write_store(url)
-    assert not [request for request in bucket.front.requests if request.is_write]
+    written = {request.key for request in bucket.front.requests if request.is_write}
+    # Tables are written over, with what they are.
+    assert written == {f"{path}/{key}" for key in TABLES}
+    assert bucket.objects(f"{path}/") == files(local)
     for key in files(local):
-        if key.endswith((".json", "/0")) and "ledger/" in key:
+        if "ledger/" in key or "copies/" in key:
             bucket.delete(f"{path}/{key}")
     small_store.write_store(url)
     assert bucket.objects(f"{path}/") == files(local)
@@ -160,7 +193,7 @@ def test_writing_again_changes_nothing(bucket, path, local):
 def test_verify_finds_a_flipped_byte_a_missing_object_and_a_stranger(bucket, path):
     url = bucket.url(path)
     small_store.write_store(url)
-    for key in ("targets/default/entry_id/c/1/0", "tokens/c/2/0", "targets/default/zarr.json"):
+    for key in ("targets/default/entry_bucket/c/1/0", "tokens/c/2/0", "targets/default/zarr.json"):
         raw = bucket.read(f"{path}/{key}")
         flipped = bytearray(raw)
         flipped[len(raw) // 2] ^= 4
@@ -169,9 +202,9 @@ def test_verify_finds_a_flipped_byte_a_missing_object_and_a_stranger(bucket, pat
         bucket.delete(f"{path}/{key}")
         if "/c/" in key:
             problems = {(problem.file, problem.what) for problem in verify(url).problems}
-            assert (key, "the file is missing") in problems
+            assert (key, "the file is missing or shorter than recorded") in problems
         bucket.write(f"{path}/{key}", raw)
-    bucket.delete(f"{path}/targets/default/ledger/00000000.json")
+    ledger_of(url, "default").withdraw([0])
     bucket.write(f"{path}/tokens/c/9/0", b"?")
     report = verify(url)
     assert report.missing_shards == 1
@@ -184,11 +217,11 @@ def test_a_reader_meets_damage_and_not_zeros(bucket, path):
     raw = bytearray(bucket.read(f"{path}/tokens/c/0/0"))
     raw[20] ^= 1
     bucket.write(f"{path}/tokens/c/0/0", bytes(raw))
-    bucket.delete(f"{path}/targets/default/entry_id/c/1/0")
+    bucket.delete(f"{path}/targets/default/entry_bucket/c/1/0")
     targets = reader.TargetsReader(url, "default")
     with pytest.raises(CorruptStoreError, match=r"tokens in shards \[0\] of .*DATA_LOSS"):
         targets.rows([4, 0])
-    with pytest.raises(CorruptStoreError, match=r"entry_id in shards \[1\] of .*missing"):
+    with pytest.raises(CorruptStoreError, match=r"entry_bucket in shards \[1\] of .*missing"):
         targets.rows([4, 2])
     targets.rows([4])
 
@@ -196,7 +229,7 @@ def test_a_reader_meets_damage_and_not_zeros(bucket, path):
 def test_a_reader_refuses_rows_without_a_record(bucket, path):
     url = bucket.url(path)
     small_store.write_store(url)
-    bucket.delete(f"{path}/targets/default/ledger/00000001.json")
+    ledger_of(url, "default").withdraw([1])
     targets = reader.TargetsReader(url, "default")
     targets.rows([0, 4])
     with pytest.raises(IncompleteStoreError, match=r"rows \[2, 3\], of shards \[1\]"):
@@ -206,22 +239,24 @@ def test_a_reader_refuses_rows_without_a_record(bucket, path):
 def test_a_run_that_was_cut_writes_only_what_is_pending(bucket, path, local):
     url = bucket.url(path)
     small_store.write_tokens(url)
-    writer.create_targets(url, "default", small_store.targets_manifest())
-    tokens, segments = small_store.token_rows()
-    spec = writer.pending(url, "default")[1]
-    rows = slice(spec.first_row, spec.stop_row)
-    writer.TargetsWriter(url, "default").write(
-        spec, tokens[rows], segments[rows], small_store.part(small_store.target_rows()[0], spec)
-    )
+    create_targets(url)
+    write_shard(url, 1)
     # A shard whose data is there and whose record is not: its writer was killed in between.
-    bucket.write(f"{path}/targets/default/entry_id/c/0/0", b"half")
+    bucket.write(f"{path}/targets/default/entry_bucket/c/0/0", b"half")
     bucket.front.requests.clear()
-    assert [spec.index for spec in writer.pending(url, "default")] == [0, 2]
+    assert [spec.index for spec in ledger_of(url, "default").pending()] == [0, 2]
     small_store.write_targets(url)
     written = {request.key for request in bucket.front.requests if request.is_write}
-    pending = {key for key in files(local) if key.startswith("targets/default/") and "1" not in key}
-    expected = {key for key in pending if "/c/" in key or "/ledger/" in key}
-    assert written == {f"{path}/{key}" for key in expected}
+    manifest = small_store.targets_manifest()
+    shards = {
+        spec.shard_key(index) for spec in layout.row_arrays(manifest).values() for index in (0, 2)
+    }
+    ledger = {"00000000.json", "00000002.json", "segment-000000.jsonl", "summary.json"}
+    expected = shards | {f"ledger/{key}" for key in ledger}
+    assert written == {
+        *(f"{path}/targets/default/{key}" for key in expected),
+        *(f"{path}/{key}" for key in TABLES),
+    }
     assert bucket.objects(f"{path}/") == files(local)
 
 
@@ -257,8 +292,8 @@ def test_of_writers_that_all_saw_nothing_one_wins_and_all_learn_what_it_wrote(bu
         bucket.front.requests.clear()
 
         def write(number: int, group: str = group, key: str = key, parties: Any = parties) -> bytes:
-            store = _Lockstep(layout.open_kvstore(url, group), parties)
-            return layout.write_new(store, key, b"writer %d" % number)
+            store = _Lockstep(storage.open_kvstore(url, group), parties)
+            return storage.write_new(store, key, b"writer %d" % number)
 
         with ThreadPoolExecutor(RACERS) as pool:
             answers = set(pool.map(write, range(RACERS)))
@@ -309,7 +344,7 @@ def test_of_processes_with_different_configs_only_one_is_accepted(bucket, path):
         "manifest = small_store.targets_manifest(seed=int(sys.argv[2]))\n"
         "for name in 'abcdef':\n"
         "    try:\n"
-        "        writer.create_targets(sys.argv[1], name, manifest)\n"
+        "        writer.create_targets(sys.argv[1], name, manifest, small_store.tables())\n"
         "        print(name, end='')\n"
         "    except writer.ManifestMismatchError as error:\n"
         "        assert f'and {sys.argv[2]} here' in str(error), error\n"
@@ -318,7 +353,7 @@ def test_of_processes_with_different_configs_only_one_is_accepted(bucket, path):
     assert sorted("".join(answers)) == list("abcdef")
     for seed, names in enumerate(answers):
         for name in names:
-            assert layout.read_manifest(url, name).seed == seed
+            assert manifests.read_manifest(url, name).seed == seed
     assert reader.list_targets(url) == list("abcdef")
 
 
@@ -326,52 +361,163 @@ def test_processes_that_write_the_same_shards_end_in_the_same_bytes(bucket, path
     url = bucket.url(path)
     racing("small_store.write_store(sys.argv[1])", *([url] for _ in range(3)))
     assert bucket.objects(f"{path}/") == files(local)
-    records = [
+    documents = [
         request
         for request in bucket.front.requests
-        if request.is_write and request.key.endswith(".json")
+        if request.is_write and request.key.endswith((".json", ".jsonl"))
     ]
-    assert all(request.is_conditional for request in records)
-    won = Counter(request.key for request in records if request.status == 200)
-    assert won == {f"{path}/{key}": 1 for key in files(local) if key.endswith(".json")}
+    assert all(request.is_conditional for request in documents)
+    won = Counter(request.key for request in documents if request.status == 200)
+    # A record may come again after it was compacted, from a writer that had not seen it.
+    records = {key: count for key, count in won.items() if key.rsplit("/", 1)[1][0] == "0"}
+    assert len(records) == 6
+    for key in records:
+        del won[key]
+    documents_there = [key for key in files(local) if key.endswith((".json", ".jsonl"))]
+    assert won == {f"{path}/{key}": 1 for key in documents_there}
 
 
-def test_a_second_writer_of_other_bytes_is_told(bucket, path):
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_second_writer_of_other_bytes_is_told(bucket, path, compacted):
     url = bucket.url(path)
-    small_store.write_store(url)
-    record = ledger.read_record(url, "default", 1)
+    small_store.write_tokens(url)
+    create_targets(url)
+    for index in range(3):
+        write_shard(url, index)
+    ledger = ledger_of(url, "default")
+    if compacted:
+        assert ledger.compact() == 3
+    record = ledger.record(1)
     assert record is not None
+    assert ledger.commit(record) == record
     other = record.model_copy(update={"tokens_sha256": "0" * 64})
     with pytest.raises(CorruptStoreError, match="Writers of one shard must produce equal bytes"):
-        ledger.commit(url, "default", other)
-    assert ledger.read_record(url, "default", 1) == record
+        ledger.commit(other)
+    assert ledger.record(1) == record
 
 
-def test_listings_go_on_past_a_page(bucket, path):
+def cut_after(front: bucket_servers.Front, monkeypatch, number: int, refusal: bytes) -> None:
+    """Refuse whatever would change the bucket from the request `number` on."""
+    pass_on = front.pass_on
+    left = iter(range(number))
+
+    def refusing(call: bucket_servers.Call):
+        if call.method in ("PUT", "POST", "DELETE"):
+            with front.cut:
+                if next(left, None) is None:
+                    return 403, [], refusal
+        return pass_on(call)
+
+    monkeypatch.setattr(front, "pass_on", refusing)
+
+
+# Changes that a compaction, or a withdrawal, of three shards makes: a segment, three records, the
+# summary.
+CHANGES = 5
+
+
+@pytest.mark.parametrize("cut", range(CHANGES + 1))
+def test_a_compaction_cut_anywhere_says_the_same_and_goes_on(bucket, path, local, monkeypatch, cut):
+    url = bucket.url(path)
+    small_store.write_tokens(url)
+    create_targets(url)
+    for index in range(3):
+        write_shard(url, index)
+    records = list(ledger_of(url, "default").records())
+    with monkeypatch.context() as patch:
+        cut_after(bucket.front, patch, cut, REFUSALS[bucket.scheme])
+        if cut < CHANGES:
+            with pytest.raises(StorageError, match="refuses access"):
+                ledger_of(url, "default").compact()
+        else:
+            assert ledger_of(url, "default").compact() == 3
+    assert ledger_of(url, "default").committed().all()
+    assert list(ledger_of(url, "default").records()) == records
+    # Between the segment and the summary a missing summary could as well be lost.
+    assert [problem.what for problem in verify(url).problems] == (
+        ["the file is missing, though every shard is committed"] if 0 < cut < CHANGES else []
+    )
+    assert ledger_of(url, "default").compact() == 3
+    assert bucket.objects(f"{path}/") == files(local)
+
+
+@pytest.mark.parametrize("cut", range(CHANGES + 1))
+def test_a_withdrawal_cut_anywhere_costs_no_other_shard(bucket, path, local, monkeypatch, cut):
     url = bucket.url(path)
     small_store.write_store(url)
-    records = [f"targets/many/ledger/{index:08d}.json" for index in range(1050)]
+    records = list(ledger_of(url, "default").records())
+    with monkeypatch.context() as patch:
+        cut_after(bucket.front, patch, cut, REFUSALS[bucket.scheme])
+        if cut < CHANGES:
+            with pytest.raises(StorageError, match="refuses access"):
+                ledger_of(url, "default").withdraw([1])
+        else:
+            ledger_of(url, "default").withdraw([1])
+    ledger = ledger_of(url, "default")
+    kept = [record for record in ledger.records() if record.spec.index != 1]
+    assert kept == [records[0], records[2]]
+    # Even a withdrawal that was cut has not lost the record it was about to take back half-way.
+    assert ledger.record(1) in (records[1], None)
+    ledger.withdraw([1])
+    assert ledger.committed().tolist() == [True, False, True]
+    assert list(ledger.records()) == [records[0], records[2]]
+    small_store.write_targets(url)
+    assert bucket.objects(f"{path}/") == files(local)
+
+
+def test_a_store_in_a_bucket_is_repaired(bucket, path, local):
+    """A manifest and a table from their copies, a shard withdrawn, a ledger derived."""
+    url = bucket.url(path)
+    small_store.write_store(url)
+    bucket.write(f"{path}/zarr.json", b"{}")
+    bucket.delete(f"{path}/targets/default/bucket_bits/c/0")
+    bucket.delete(f"{path}/ledger/segment-000000.jsonl")
+    raw = bytearray(bucket.read(f"{path}/targets/default/entry_bucket/c/1/0"))
+    raw[4] ^= 1
+    bucket.write(f"{path}/targets/default/entry_bucket/c/1/0", bytes(raw))
+    damaged = bucket.objects(f"{path}/")
+    assert repair(url, apply=False)[1].withdrawn == {"default": [1]}
+    assert bucket.objects(f"{path}/") == damaged
+    outcome = repair(url, apply=True)[1]
+    assert (outcome.withdrawn, outcome.left) == ({"default": [1]}, [])
+    report = verify(url)
+    assert report.ok
+    assert report.missing_shards == 1
+    small_store.write_targets(url)
+    assert bucket.objects(f"{path}/") == files(local)
+
+
+@pytest.mark.parametrize("folder", ["copies/targets", "targets/many/ledger"])
+def test_listings_go_on_past_a_page(bucket, path, folder):
+    """The sets of targets are listed by their manifests' copies, shards by their records."""
+    url = bucket.url(path)
+    small_store.write_store(url)
+    ends = [f"{index:08d}.json" for index in range(1050)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda key: bucket.write(f"{path}/{key}", b""), records))
-    small_store.write_targets(url, "zest")
+        list(pool.map(lambda end: bucket.write(f"{path}/{folder}/{end}", b""), ends))
     bucket.front.requests.clear()
-    assert reader.list_targets(url) == ["default", "zest"]
+    if folder == "copies/targets":
+        small_store.write_targets(url, "zest")
+        bucket.front.requests.clear()
+        names = [end.removesuffix(".json") for end in ends]
+        assert reader.list_targets(url) == [*names, "default", "zest"]
+    else:
+        many = Ledger(url, "many", small_store.targets_manifest(num_sequences=2 * 1050))
+        assert many.committed().all()
     pages = [request.path for request in bucket.front.requests if not request.key]
     assert sum("continuation-token=" in page or "pageToken=" in page for page in pages) == 1
-    assert layout.list_keys(layout.open_kvstore(url, "targets/many/")) == [
-        key.removeprefix("targets/many/") for key in records
-    ]
-    assert ledger.committed_indices(url, "many") == set(range(1050))
+    listed = storage.list_keys(storage.open_kvstore(url, f"{folder}/"))
+    assert [key for key in listed if key[0] == "0"] == ends
 
 
 def test_a_busy_server_is_asked_again(bucket, path, monkeypatch):
     """S3 answers 409 to one of two conditional writes at once, without saying which one won."""
     statuses = [409, 503] if bucket.scheme == "s3" else [429, 503]
-    spec = layout.kvstore_spec(bucket.url(path))
+    spec = storage.kvstore_spec(bucket.url(path))
     retries = {f"{spec['driver']}_request_retries": {"initial_delay": "1ms"}}
-    monkeypatch.setattr(layout, "kvstore_spec", lambda *_: spec | retries)
+    monkeypatch.setattr(storage, "kvstore_spec", lambda *_: spec | retries)
     bucket.front.refuse_once = list(statuses)
-    assert layout.write_new(layout.open_kvstore(bucket.url(path)), "key", b"mine") == b"mine"
+    assert storage.write_new(storage.open_kvstore(bucket.url(path)), "key", b"mine") == b"mine"
     writes = [request for request in bucket.front.requests if request.is_write]
     assert [request.status for request in writes] == [*statuses, 200]
     assert all(request.is_conditional for request in writes)
@@ -379,10 +525,10 @@ def test_a_busy_server_is_asked_again(bucket, path, monkeypatch):
 
 def test_a_write_that_found_no_bucket_is_not_taken_for_a_lost_race(bucket, path):
     """The s3 driver reports a conditional PUT's 404 as it does a condition that does not hold."""
-    store = layout.open_kvstore(bucket.url(path))
+    store = storage.open_kvstore(bucket.url(path))
     bucket.front.refuse_once = [404]
     with pytest.raises((StorageError, StoreNotFoundError)) as error:
-        layout.write_new(store, "key", b"mine")
+        storage.write_new(store, "key", b"mine")
     expected = {
         "s3": f"that was written must be there, but key of {bucket.url(path)}/ is not; check the",
         "gs": "A store's bucket must exist, but",
@@ -403,7 +549,7 @@ def test_a_missing_bucket_is_named(s3, monkeypatch):
     for use in (
         lambda: reader.TokensReader("s3://nowhere/a/b"),
         lambda: verify("s3://nowhere/a/b"),
-        lambda: writer.create_tokens("s3://nowhere/a/b", small_store.tokens_manifest()),
+        lambda: create_tokens("s3://nowhere/a/b"),
     ):
         with pytest.raises(StoreNotFoundError) as error:
             use()
@@ -417,7 +563,7 @@ def test_a_bucket_that_is_missing_at_the_write_is_named(gs, monkeypatch):
     """fake-gcs-server lists any bucket as empty, so here it is the write that finds out."""
     point_at(monkeypatch, "gs", gs.front.url)
     with pytest.raises(StoreNotFoundError) as error:
-        writer.create_tokens("gs://nowhere/a", small_store.tokens_manifest())
+        create_tokens("gs://nowhere/a")
     assert "(STORAGE_EMULATOR_HOST) has no gs://nowhere; create it" in one_sentence(error.value)
 
 
@@ -478,19 +624,26 @@ def test_refused_access_is_named_wherever_it_happens(bucket, path):
     targets = reader.TargetsReader(url, "default")
     targets.rows([0])
     tokens = writer.TokensWriter(url)
-    bucket.delete(f"{path}/ledger/00000000.json")
-    spec = writer.pending(url, None)[0]
+    ledger = ledger_of(url, None)
+    ledger.withdraw([0])
+    spec = ledger.pending()[0]
     columns = [column[:2] for column in small_store.token_rows()]
-    opened = layout.open_kvstore(url)
+    opened = storage.open_kvstore(url)
     bucket.front.answer = (403, REFUSALS[bucket.scheme])
     for use in (
         lambda: targets.rows([1]),
         lambda: reader.TargetsReader(url, "default"),
         lambda: tokens.write(spec, *columns),
-        lambda: writer.create_targets(url, "more", small_store.targets_manifest()),
-        lambda: layout.write_new(opened, "key", b""),
-        lambda: layout.list_keys(opened),
-        lambda: layout.open_array(url, "", layout.tokens_arrays(tokens.manifest)["tokens"]),
+        lambda: create_targets(url, "more"),
+        lambda: storage.write_new(opened, "key", b""),
+        lambda: storage.list_keys(opened),
+        lambda: storage.open_array(url, "", layout.row_arrays(tokens.manifest)["tokens"]),
+        lambda: ledger.committed(),
+        lambda: list(ledger.records()),
+        lambda: ledger.compact(),
+        lambda: ledger.withdraw([1]),
+        lambda: repair(url, apply=True),
+        lambda: verify(url),
         lambda: reader.TokensReader(bucket.url(path + "/another")),
     ):
         with pytest.raises(StorageError) as error:
@@ -503,12 +656,12 @@ def test_refused_access_is_named_wherever_it_happens(bucket, path):
 
 def test_a_shard_that_may_not_be_written_is_an_error_of_access(bucket, path):
     url = bucket.url(path)
-    writer.create_tokens(url, small_store.tokens_manifest())
-    spec = writer.pending(url, None)[0]
+    create_tokens(url)
+    spec = ledger_of(url, None).pending()[0]
     bucket.front.refuse_once = [403]
     with pytest.raises(StorageError, match=r"let you list, read and write, but .* refuses"):
         writer.TokensWriter(url).write(spec, *(rows[:2] for rows in small_store.token_rows()))
-    assert writer.committed(url, None) == {}
+    assert not ledger_of(url, None).committed().any()
 
 
 def test_a_key_that_the_server_does_not_know_is_refused(s3, monkeypatch):
@@ -546,9 +699,9 @@ def test_a_process_does_not_look_for_credentials_at_every_open(s3, path, monkeyp
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     code = (
-        "import sys\nfrom logit_store import layout\n"
+        "import sys\nfrom logit_store import storage\n"
         "for group in 'abcdefgh':\n"
-        "    layout.list_keys(layout.open_kvstore(sys.argv[1], f'{group}/'))\n"
+        "    storage.list_keys(storage.open_kvstore(sys.argv[1], f'{group}/'))\n"
     )
     command = [sys.executable, "-c", code, s3.url(path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -595,7 +748,7 @@ def test_a_wrong_url_or_variable_is_named(monkeypatch, url, variables, message):
 
 def test_the_variables_of_other_clients_are_read(monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    assert layout.kvstore_spec("s3://b-c/d", "e/") == {
+    assert storage.kvstore_spec("s3://b-c/d", "e/") == {
         "driver": "s3",
         "bucket": "b-c",
         "path": "d/e/",
@@ -604,18 +757,18 @@ def test_the_variables_of_other_clients_are_read(monkeypatch):
     }
     monkeypatch.setenv("AWS_REGION", "eu-west-2")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://any/")
-    found = layout.kvstore_spec("s3://b-c")
+    found = storage.kvstore_spec("s3://b-c")
     assert (found["aws_region"], found["endpoint"]) == ("eu-west-2", "https://any")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://s3/")
-    assert layout.kvstore_spec("s3://b-c")["endpoint"] == "https://s3"
+    assert storage.kvstore_spec("s3://b-c")["endpoint"] == "https://s3"
     monkeypatch.delenv("AWS_REGION")
     monkeypatch.delenv("AWS_DEFAULT_REGION")
-    assert layout.kvstore_spec("s3://b-c")["aws_region"] == "us-east-1"
+    assert storage.kvstore_spec("s3://b-c")["aws_region"] == "us-east-1"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "https://emulator:1")
-    layout.kvstore_spec("gs://b-c")
+    storage.kvstore_spec("gs://b-c")
     assert os.environ["TENSORSTORE_GCS_HTTP_URL"] == "https://emulator:1"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "emulator:2")
-    layout.kvstore_spec("gs://b-c")
+    storage.kvstore_spec("gs://b-c")
     assert os.environ["TENSORSTORE_GCS_HTTP_URL"] == "http://emulator:2"
 
 
@@ -624,7 +777,7 @@ def test_requests_are_signed_with_the_environments_key_and_region(s3, monkeypatc
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "for an hour")
     s3.front.requests.clear()
-    layout.list_keys(layout.open_kvstore(s3.url("signed")))
+    storage.list_keys(storage.open_kvstore(s3.url("signed")))
     headers = s3.front.requests[-1].headers
     assert headers["authorization"].startswith("AWS4-HMAC-SHA256 Credential=somebody/")
     assert "/eu-north-1/s3/" in headers["authorization"]
@@ -634,7 +787,9 @@ def test_requests_are_signed_with_the_environments_key_and_region(s3, monkeypatc
 def test_real_credentials_do_not_reach_an_emulator(gs, monkeypatch, tmp_path):
     """In a process of its own: TensorStore keeps the first token that it finds."""
     (tmp_path / "key.json").write_text("{}")
-    code = "from logit_store import layout\nlayout.list_keys(layout.open_kvstore('gs://retort/a'))"
+    code = (
+        "from logit_store import storage\nstorage.list_keys(storage.open_kvstore('gs://retort/a'))"
+    )
     variables = {
         "STORAGE_EMULATOR_HOST": gs.front.url,
         "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json"),
@@ -651,7 +806,7 @@ def test_a_store_is_asked_for_its_bucket_once(bucket, path):
     small_store.write_store(url)
     bucket.front.requests.clear()
     for name in ("", "targets/", "ledger/"):
-        layout.read_bytes(layout.open_kvstore(url, name), "zarr.json")
+        storage.read_bytes(storage.open_kvstore(url, name), "zarr.json")
     assert all(request.key for request in bucket.front.requests)
     assert len(bucket.front.requests) == 3
 
@@ -659,7 +814,7 @@ def test_a_store_is_asked_for_its_bucket_once(bucket, path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError) as error:
-        writer.create_tokens(str(tmp_path / "file" / "store"), small_store.tokens_manifest())
+        create_tokens(str(tmp_path / "file" / "store"))
     assert "A store's folder must be readable and writable, but at " in one_sentence(error.value)
     assert f"{tmp_path}/file/store" in str(error.value)
 
@@ -674,4 +829,4 @@ def test_a_config_that_differs_is_refused_in_a_bucket_too(bucket, path):
     url = bucket.url(path)
     small_store.write_tokens(url)
     with pytest.raises(ManifestMismatchError, match="shard_sequences is 2 there and 1 here"):
-        writer.create_tokens(url, small_store.tokens_manifest(shard_sequences=1))
+        create_tokens(url, shard_sequences=1)

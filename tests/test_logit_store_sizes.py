@@ -79,8 +79,8 @@ def test_a_complete_ledger_is_segments_and_a_summary(shards, segments):
     assert objects.metadata == 3 + 2 + 1 + 8 + 3 * 3
     assert objects.complete == 8 * shards + 2 * (segments + 1) + 23
     assert objects.while_written == 10 * shards + 23
-    ledger = Ledger("nowhere", None, planned[0])
-    names = [key.removeprefix("ledger/") for key in ledger.keys()]
+    keys = Ledger("nowhere", None, planned[0]).keys()
+    names = [key.removeprefix("ledger/") for key in keys]
     assert [name for name in names if name.startswith("segment")] == [
         segment_key(number) for number in range(segments)
     ]

@@ -1,5 +1,6 @@
-"""Teacher and targets: what is stored beside the entries, masks, batches, seeds and memory."""
+"""Teacher and targets: distributions, masks, orders of ids, batches, seeds and memory."""
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from logit_store.decode import TargetRows
 
 from gemma2 import checkpoint
 from gemma2.model import hidden_states, init_params, logits
-from logit_store.layout import UNUSED_ID, predicted_mask
+from logit_store import codec
+from logit_store.codec import Entries
+from logit_store.layout import predicted_mask
+from logit_store.rows import TargetRows
 from schemas.errors import BudgetError, ConfigError
-from schemas.manifest import SamplerSpec
+from schemas.manifest import MOST_POINTS, SamplerSpec
 from schemas.model import ModelConfig
 from teacher_dump import teacher as teachers
 from teacher_dump.targets import compute_rows
-from teacher_dump.teacher import Gemma2Teacher
+from teacher_dump.teacher import Gemma2Teacher, RowCandidates
 
 ROWS, LENGTH, BLOCK = 5, 32, 8
-VOCAB = 301
+VOCAB, POINTS = 301, 12
 MODEL = ModelConfig(
     vocab_size=320,
     d_model=16,
@@ -35,7 +38,7 @@ MODEL = ModelConfig(
     window_tokens=8,
     max_tokens=LENGTH,
 )
-SPEC = SamplerSpec(entries_per_token=6, block_tokens=BLOCK)
+SPEC = SamplerSpec(name="systematic", points=POINTS, slots_per_token=POINTS, block_tokens=BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,11 @@ def segment_ids() -> np.ndarray:
     return segments
 
 
+def vocabulary(size: int = VOCAB) -> codec.Vocabulary:
+    counts = np.random.default_rng(2).permutation((1e4 / np.arange(1, size + 1)).astype(np.int64))
+    return codec.make_vocabulary(counts, POINTS)
+
+
 def compute(
     teacher: Gemma2Teacher, tokens: np.ndarray, segments: np.ndarray, **other: Any
 ) -> TargetRows:
@@ -81,11 +89,36 @@ def compute(
         "rows": np.arange(len(tokens)) + 10,
         "spec": SPEC,
         "seed": 1,
-        "weight_code": "log_uint8",
         "batch_sequences": 2,
     }
     settings |= other
-    return compute_rows(teacher, tokens, segments, settings.pop("rows"), **settings)
+    tables = vocabulary(teacher.info.vocab_size)
+    return compute_rows(teacher, tables, tokens, segments, settings.pop("rows"), **settings)
+
+
+def propose(
+    teacher: Gemma2Teacher,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    spec: SamplerSpec = SPEC,
+    seed: int = 1,
+) -> RowCandidates:
+    return teacher.candidates(tokens, segments, np.arange(len(tokens)) + 10, spec, seed)
+
+
+def dense(found: RowCandidates) -> np.ndarray:
+    """Points [R, L, V + 1]."""
+    points = np.zeros((len(found.points), LENGTH, VOCAB + 1))
+    used = found.points > 0
+    at = (np.nonzero(used)[0], found.position[used], found.id[used])
+    np.add.at(points, at, found.points[used])
+    return points
+
+
+def decode(stored: TargetRows, segments: np.ndarray, spec: SamplerSpec = SPEC) -> Entries:
+    return codec.check_rows(
+        vocabulary(), predicted_mask(segments), stored.columns(), BLOCK, spec.slots_per_block, 10
+    )
 
 
 def assert_equal(actual: TargetRows, expected: TargetRows, rows: Any = slice(None)) -> None:
@@ -96,7 +129,7 @@ def assert_equal(actual: TargetRows, expected: TargetRows, rows: Any = slice(Non
 
 
 def dense_log_probs(
-    params: Any, tokens: np.ndarray, segments: np.ndarray, temperature: float
+    params: Any, tokens: np.ndarray, segments: np.ndarray, temperature: float = 1.0
 ) -> np.ndarray:
     hidden = hidden_states(
         params, MODEL, jnp.asarray(tokens), jnp.asarray(segments), dtype=jnp.float32
@@ -105,8 +138,17 @@ def dense_log_probs(
     return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
 
 
+def assert_points_are(points: np.ndarray, log_probs: np.ndarray, segments: np.ndarray) -> None:
+    """Each id of each predicted position has its share of the points, rounded up or down."""
+    predicted = predicted_mask(segments)
+    p = np.where(predicted[..., None], np.exp(log_probs), 0.0)
+    np.testing.assert_array_equal(points.sum(axis=-1), np.where(predicted, POINTS, 0))
+    assert (points[..., VOCAB] == 0).all()
+    assert (np.abs(points[..., :VOCAB] - POINTS * p) < 1 + 1e-3).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_entropy_and_label_are_of_the_sampled_distribution(
+def test_candidates_are_of_the_teachers_distribution(
     teacher: Gemma2Teacher,
     params: Any,
     tokens: np.ndarray,
@@ -114,7 +156,7 @@ def test_entropy_and_label_are_of_the_sampled_distribution(
     temperature: float,
 ) -> None:
     spec = SPEC.model_copy(update={"temperature": temperature})
-    result = compute(teacher, tokens, segment_ids, spec=spec)
+    found = propose(teacher, tokens, segment_ids, spec)
     log_probs = dense_log_probs(params, tokens, segment_ids, temperature)
     predicted = predicted_mask(segment_ids)
     entropy = -(np.exp(log_probs) * log_probs).sum(axis=-1)
@@ -122,67 +164,110 @@ def test_entropy_and_label_are_of_the_sampled_distribution(
     label = np.pad(label, ((0, 0), (0, 1)))
     assert np.ptp(entropy[predicted]) > 0.5
     np.testing.assert_allclose(
-        result.teacher_entropy, np.where(predicted, entropy, 0), rtol=1e-3, atol=1e-4
+        found.teacher_entropy, np.where(predicted, entropy, 0), rtol=1e-3, atol=1e-4
     )
     np.testing.assert_allclose(
-        result.label_logprob, np.where(predicted, label, 0), rtol=1e-3, atol=1e-3
+        found.label_logprob, np.where(predicted, label, 0), rtol=1e-3, atol=1e-3
     )
-    # Heads are that distribution too: the largest probability of every position is stored.
-    counts = result.entry_count.astype(int)
-    assert (counts[~predicted] == 0).all()
-    assert (counts[predicted] > 0).mean() > 0.9
-    best = log_probs.argmax(axis=-1)
-    slots = result.entry_id.reshape(ROWS, LENGTH // BLOCK, -1)
-    for row, position in np.argwhere(predicted & (np.exp(log_probs.max(axis=-1)) > 0.5)):
-        assert best[row, position] in slots[row, position // BLOCK]
+    assert_points_are(dense(found), log_probs, segment_ids)
+    # What is stored is that too: weights of the candidates, nats to the nearest codes.
+    stored = compute(teacher, tokens, segment_ids, spec=spec)
+    entries = decode(stored, segment_ids)
+    position = codec.entry_positions(
+        entries.head_count, entries.tail_count, BLOCK, SPEC.slots_per_block
+    )
+    weights = np.zeros((ROWS, LENGTH, VOCAB + 1))
+    used = entries.entry_id >= 0
+    at = (np.nonzero(used)[0], position[used], entries.entry_id[used])
+    np.add.at(weights, at, entries.entry_weight[used])
+    assert_points_are(np.round(weights * POINTS, 4), log_probs, segment_ids)
+    nats = codec.decode_nats(stored.teacher_nats)
+    exact = np.stack([found.teacher_entropy, -found.label_logprob], axis=1)
+    assert (np.abs(nats - exact) <= np.sqrt(exact) / 16 + 1e-3).all()
+    assert (nats[~np.broadcast_to(predicted[:, None], nats.shape)] == 0).all()
 
 
 def test_stored_rows_have_the_formats_shapes_and_types(
     teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    result = compute(teacher, tokens, segment_ids, weight_code="log_uint16")
-    shapes = {field.name: getattr(result, field.name).shape for field in fields(result)}
-    entries = (ROWS, LENGTH * SPEC.entries_per_token)
-    per_token = (ROWS, LENGTH)
-    assert shapes == {
-        "entry_count": per_token,
-        "entry_id": entries,
-        "entry_weight": entries,
-        "weight_floor": (ROWS, LENGTH // BLOCK),
-        "teacher_entropy": per_token,
-        "label_logprob": per_token,
-    }
-    types = [getattr(result, field.name).dtype.name for field in fields(result)]
-    assert types == ["uint16", "uint32", "uint16", "float32", "float16", "float16"]
-    # Unused slots are all alike, in a block of padding and at the end of another.
-    top_k = SamplerSpec(name="top_k", entries_per_token=6, block_tokens=BLOCK)
-    partly = compute(teacher, tokens, segment_ids, spec=top_k)
-    unused = (partly.entry_id == UNUSED_ID).reshape(ROWS, LENGTH // BLOCK, -1)
-    assert (unused.any(axis=2) & ~unused.all(axis=2)).sum() > 3
-    assert (partly.entry_weight[partly.entry_id == UNUSED_ID] == 0).all()
-    assert (result.entry_id[4, -2 * BLOCK * 6 :] == UNUSED_ID).all()
-    assert (result.weight_floor[4, 2:] == 1).all()
-    assert (result.entry_weight[result.entry_id == UNUSED_ID] == 0).all()
-
-
-def test_tails_are_code_0(
-    teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
-) -> None:
     result = compute(teacher, tokens, segment_ids)
-    used = result.entry_id != UNUSED_ID
-    share = (result.entry_weight[used] == 0).mean()
-    assert 0.4 < share < 0.99
+    slots = LENGTH * POINTS
+    assert {name: (x.shape, x.dtype.name) for name, x in result.columns().items()} == {
+        "head_count": ((ROWS, LENGTH), "uint16"),
+        "head_points": ((ROWS, slots), "uint8"),
+        "entry_bucket": ((ROWS, slots), "uint16"),
+        "entry_offset": ((ROWS, slots + 2), "uint8"),
+        "block_points": ((ROWS, LENGTH // BLOCK), "uint16"),
+        "teacher_nats": ((ROWS, 2, LENGTH), "uint8"),
+    }
+    many = SPEC.model_copy(update={"points": 300})
+    assert compute(teacher, tokens, segment_ids, spec=many).head_points.dtype == np.uint16
+    entries = decode(result, segment_ids)
+    # Two blocks of padding, and all of them partly used where a document ends.
+    assert (entries.entry_id[4, -2 * BLOCK * POINTS :] == -1).all()
+    assert (entries.entry_id >= 0).reshape(ROWS, LENGTH // BLOCK, -1).any(axis=2).sum() == 18
 
 
-def test_ids_beyond_the_tokenizer_are_never_stored(
+def test_ids_beyond_the_tokenizer_are_never_sampled(
     folder: Path, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    """The same checkpoint with all its rows as vocabulary does store them."""
+    """The same checkpoint with all its rows as vocabulary does sample them."""
     for vocab, beyond in ((VOCAB, 0), (MODEL.vocab_size, 10)):
-        result = compute(Gemma2Teacher(folder, "float32", vocab), tokens, segment_ids)
-        used = result.entry_id != UNUSED_ID
-        assert (result.entry_id[used] >= VOCAB).sum() >= beyond
-        assert beyond or result.entry_id[used].max() < VOCAB
+        found = propose(Gemma2Teacher(folder, "float32", vocab), tokens, segment_ids)
+        ids = found.id[found.points > 0]
+        assert (ids >= VOCAB).sum() >= beyond
+        assert beyond or ids.max() < VOCAB
+
+
+# Orders of ids
+
+
+def test_arranged_ids_have_the_same_distribution(
+    folder: Path, teacher: Gemma2Teacher, params: Any, tokens: np.ndarray, segment_ids: np.ndarray
+) -> None:
+    """Other points are drawn, since they are cumulated in another order, but of the same p."""
+    order = np.random.default_rng(4).permutation(VOCAB)
+    arranged = Gemma2Teacher(folder, "float32", VOCAB)
+    arranged.arrange(order)
+    found, plain = (propose(x, tokens, segment_ids) for x in (arranged, teacher))
+    np.testing.assert_allclose(found.teacher_entropy, plain.teacher_entropy, atol=1e-4)
+    np.testing.assert_allclose(found.label_logprob, plain.label_logprob, atol=1e-3)
+    points = dense(found)
+    assert_points_are(points, dense_log_probs(params, tokens, segment_ids), segment_ids)
+    assert (points != dense(plain)).any()
+    # Candidates of a position come in the order in which ids are cumulated.
+    place = np.argsort(order)
+    used = found.points[0] > 0
+    keys = found.position[0][used] * VOCAB + place[found.id[0][used]]
+    assert (np.diff(keys) > 0).all()
+    # However it is come by, an order gives the same; and the order of ids gives what was before.
+    again = Gemma2Teacher(folder, "float32", VOCAB)
+    for step in (np.random.default_rng(5).permutation(VOCAB), order, order):
+        again.arrange(step)
+    np.testing.assert_array_equal(dense(propose(again, tokens, segment_ids)), points)
+    again.arrange(np.arange(VOCAB))
+    np.testing.assert_array_equal(dense(propose(again, tokens, segment_ids)), dense(plain))
+
+
+def test_the_rest_is_the_id_behind_the_last_in_any_order(
+    folder: Path, params: Any, tokens: np.ndarray, segment_ids: np.ndarray
+) -> None:
+    spec = SPEC.model_copy(update={"name": "top_k", "points": MOST_POINTS, "slots_per_token": 4})
+    arranged = Gemma2Teacher(folder, "float32", VOCAB)
+    arranged.arrange(np.random.default_rng(4).permutation(VOCAB))
+    weights = dense(propose(arranged, tokens, segment_ids, spec)) / MOST_POINTS
+    p = np.exp(dense_log_probs(params, tokens, segment_ids))
+    p[~predicted_mask(segment_ids)] = 0.0
+    best = np.argsort(-p, axis=-1)[..., :3]
+    kept = np.zeros_like(p)
+    np.put_along_axis(kept, best, np.take_along_axis(p, best, axis=-1), axis=-1)
+    np.testing.assert_allclose(weights[..., :VOCAB], kept, rtol=1e-3)
+    rest = p.sum(axis=-1) - kept.sum(axis=-1)
+    np.testing.assert_allclose(weights[..., VOCAB], rest, atol=1e-3)
+    assert rest.max() > 0.3
+
+
+# Batches, tiles and seeds
 
 
 def test_a_row_does_not_depend_on_its_batch(
@@ -196,45 +281,113 @@ def test_a_row_does_not_depend_on_its_batch(
     assert_equal(alone, everything, slice(4, 5))
 
 
-def test_rows_blocks_and_seeds_have_randomness_of_their_own(teacher: Gemma2Teacher) -> None:
-    """Each block is the same document: nothing but row, block and seed tell the results apart."""
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of eight tokens, as rows that are longer than a tile have them."""
+
+    def forget() -> None:
+        teachers._candidates.clear_cache()
+        teachers._expected_entries.clear_cache()
+
+    forget()
+    monkeypatch.setattr(teachers, "_TILE_TOKENS", 9)
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_tiles_and_seeds_have_randomness_of_their_own(teacher: Gemma2Teacher) -> None:
+    """Each tile is the same document: nothing but row, tile and seed tell the results apart."""
+    assert teachers._tile_tokens(LENGTH) == BLOCK
     document = np.random.default_rng(1).integers(4, VOCAB, BLOCK).astype(np.int32)
     tokens = np.tile(document, (2, LENGTH // BLOCK))
     segments = np.tile(np.repeat(np.arange(1, LENGTH // BLOCK + 1), BLOCK), (2, 1)).astype(np.int32)
-    results = [
-        compute(teacher, tokens, segments, seed=seed) for seed in (0, 1, 2**32, 2**32 + 1, 2**40)
-    ]
-    blocks = [
-        block.tobytes()
-        for result in results
-        for row in result.entry_id
-        for block in np.split(row, LENGTH // BLOCK)
-    ]
-    # One number decides a block's picks, so that two blocks may agree by chance.
-    assert len(set(blocks)) > 0.8 * len(blocks)
-    assert_equal(compute(teacher, tokens, segments, seed=0), results[0])
+    seeds = (0, 1, 2**32, 2**32 + 1, 2**40)
+    points = [dense(propose(teacher, tokens, segments, seed=seed)) for seed in seeds]
+    tiles = [tile.tobytes() for x in points for tile in x.reshape(-1, BLOCK, VOCAB + 1)]
+    assert len(set(tiles)) == len(tiles) == 40
+    np.testing.assert_array_equal(dense(propose(teacher, tokens, segments, seed=0)), points[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_several_tiles_are_one_row(
+    teacher: Gemma2Teacher, params: Any, tokens: np.ndarray, segment_ids: np.ndarray
+) -> None:
+    """Positions, entropies and labels of each tile stand where they are in the row."""
+    found = propose(teacher, tokens, segment_ids)
+    log_probs = dense_log_probs(params, tokens, segment_ids)
+    assert_points_are(dense(found), log_probs, segment_ids)
+    predicted = predicted_mask(segment_ids)
+    entropy = -(np.exp(log_probs) * log_probs).sum(axis=-1)
+    np.testing.assert_allclose(
+        found.teacher_entropy, np.where(predicted, entropy, 0), rtol=1e-3, atol=1e-4
+    )
+    label = np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    label = np.where(predicted, np.pad(label, ((0, 0), (0, 1))), 0)
+    np.testing.assert_allclose(found.label_logprob, label, rtol=1e-3, atol=1e-3)
+    told = teacher.expected_entries(tokens, segment_ids, "systematic", 1.0, np.array([POINTS]))
+    p = np.exp(log_probs)[predicted]
+    np.testing.assert_allclose(told, [np.minimum(POINTS * p, 1).sum()], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(8192, 1024), (1024, 1024), (1000, 1000), (1537, 53), (2, 2), (1031, 1)]
+)
+def test_tiles_divide_a_row(length: int, size: int) -> None:
+    assert teachers._tile_tokens(length) == size
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_expected_entries_are_those_of_all_rows(
+    teacher: Gemma2Teacher,
+    params: Any,
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    temperature: float,
+) -> None:
+    p = np.exp(dense_log_probs(params, tokens, segment_ids, temperature))
+    p = p[predicted_mask(segment_ids)]
+    points = np.array([1, 5, 40])
+    told = {
+        name: teacher.expected_entries(tokens, segment_ids, name, temperature, points)  # type: ignore[arg-type]
+        for name in ("systematic", "multinomial")
+    }
+    exact = [np.minimum(n * p, 1).sum() for n in points]
+    np.testing.assert_allclose(told["systematic"], exact, rtol=1e-4)
+    exact = [(1 - (1 - p) ** n).sum() for n in points]
+    np.testing.assert_allclose(told["multinomial"], exact, rtol=1e-4)
+    assert told["systematic"].dtype == np.float64
+    nothing = teacher.expected_entries(
+        tokens, np.zeros_like(segment_ids), "systematic", temperature, points
+    )
+    assert nothing.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_bfloat16_is_close_and_is_not_float32(
     folder: Path, teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    half = compute(Gemma2Teacher(folder, "bfloat16", VOCAB), tokens, segment_ids)
-    full = compute(teacher, tokens, segment_ids)
-    error = np.abs(half.teacher_entropy.astype(float) - full.teacher_entropy)
-    assert error.max() > 0
+    half = propose(Gemma2Teacher(folder, "bfloat16", VOCAB), tokens, segment_ids)
+    full = propose(teacher, tokens, segment_ids)
+    error = np.abs(half.teacher_entropy - full.teacher_entropy)
+    assert error.max() > 1e-4
     assert error.mean() < 0.1
+    predicted = predicted_mask(segment_ids)
+    assert (dense(half).sum(axis=-1) == np.where(predicted, POINTS, 0)).all()
+    assert half.teacher_entropy.dtype == np.float32
+
+
+# Refusals
 
 
 def test_entries_that_do_not_fit_are_refused_by_name(
     teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    spec = SamplerSpec(name="multinomial", entries_per_token=1, block_tokens=BLOCK, draws=30)
-    message = r"must fit its 8 slots, but .* the multinomial sampler do not in block 0 of row 10"
-    with pytest.raises(BudgetError, match=message):
-        compute(teacher, tokens, segment_ids, spec=spec)
-    spec = SamplerSpec(entries_per_token=VOCAB + 1, block_tokens=BLOCK)
-    with pytest.raises(BudgetError, match=f"at most the vocabulary size {VOCAB}, but it is 302"):
-        compute(teacher, tokens, segment_ids, spec=spec)
+    for changes, message in (
+        ({"slots_per_token": VOCAB + 2}, "vocabulary's 301 ids and the rest, but it is 303"),
+        ({"name": "full"}, "slots_per_token must be 301, but it is 12; set it so"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            compute(teacher, tokens, segment_ids, spec=SPEC.model_copy(update=changes))
 
 
 def test_a_teacher_of_fewer_ids_than_the_tokenizer_is_refused(folder: Path) -> None:
@@ -253,6 +406,9 @@ def test_the_teacher_says_who_it_is(folder: Path, teacher: Gemma2Teacher) -> Non
     )
 
 
+# Memory
+
+
 def largest_array(jaxpr: Jaxpr) -> int:
     """Elements of the largest value that a program makes, inner programs included."""
     sizes = [0]
@@ -267,35 +423,47 @@ def largest_array(jaxpr: Jaxpr) -> int:
     return max(sizes)
 
 
-def test_logits_of_more_than_a_block_never_exist() -> None:
-    model = MODEL.model_copy(update={"vocab_size": 4001})
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    spec = SamplerSpec(entries_per_token=6, block_tokens=16)
-    batch, length = 4, 128
+@pytest.mark.parametrize("name", ["systematic", "multinomial", "top_k", "expected"])
+def test_scores_of_more_than_a_tile_never_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tile, batch, length, vocab = 16, 4, 128, 4001
+    monkeypatch.setattr(teachers, "_TILE_TOKENS", tile)
+    model = MODEL.model_copy(update={"vocab_size": vocab})
+    params = jax.eval_shape(
+        lambda: teachers._rows(
+            init_params(model, jax.random.key(0)), teachers._padded(np.arange(vocab - 2))
+        )
+    )
+    spec = SPEC.model_copy(update={"name": name, "points": 6, "slots_per_token": 6})
     shape = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((batch, length), jnp.bool)
+    shared: dict[str, Any] = {
+        "config": model,
+        "dtype": jnp.dtype("float32"),
+        "vocab_size": vocab - 2,
+    }
 
-    def run(params: Any, tokens: Any, segments: Any, predicted: Any, rows: Any) -> Any:
-        return teachers._targets(
+    def candidates(params: Any, tokens: Any, segments: Any, predicted: Any, rows: Any) -> Any:
+        return teachers._candidates(
+            params, tokens, segments, predicted, rows, jax.random.key(0), spec=spec, **shared
+        )
+
+    def expected(params: Any, tokens: Any, segments: Any, predicted: Any, points: Any) -> Any:
+        return teachers._expected_entries(
             params,
             tokens,
             segments,
             predicted,
-            rows,
-            jax.random.key(0),
-            config=model,
-            dtype=jnp.dtype("float32"),
-            spec=spec,
-            vocab_size=3999,
+            points,
+            name="systematic",
+            temperature=1.0,
+            **shared,
         )
 
-    jaxpr = jax.make_jaxpr(run)(
-        params,
-        shape,
-        shape,
-        jax.ShapeDtypeStruct((batch, length), jnp.bool),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    jaxpr = jax.make_jaxpr(expected if name == "expected" else candidates)(
+        params, shape, shape, mask, jax.ShapeDtypeStruct((batch,), jnp.int32)
     )
     largest = largest_array(jaxpr.jaxpr)
-    # Chunks round the vocabulary up to 4096; attention scores are 4 x 2 x 128 x 128.
-    assert 16 * 4001 <= largest <= max(16 * 4096, batch * 2 * length * length)
-    assert largest < length * 4001
+    # The vocabulary is padded to 4096; attention scores are 4 x 2 x 128 x 128, and fewer.
+    assert batch * 2 * length * length == 2 * tile * 4096
+    assert tile * 4096 <= largest <= 2 * tile * 4096
+    assert largest < length * vocab / 3
