@@ -161,9 +161,19 @@ class _Repair:
         doubted = sorted(
             {p.shard for p in problems if p.kind == "ledger" and p.shard is not None} - set(lost)
         )
+        tokens = self._sound.get(None)
+        contents = None if tokens is None else Contents(self._url, name, manifest, tokens)
+        if doubted and (contents is None or contents.is_blind):
+            # Nothing is given up that may be whole.
+            self.outcome.left.append(
+                f"{layout.group_path(name)}{layout.LEDGER}: records are damaged that can only be "
+                "derived again when the manifest of the tokens and the tables are back"
+            )
+            return
         records = {}
         for index in doubted:
-            record = derive_record(self._url, name, manifest, self._sound.get(None), index)
+            assert contents is not None
+            record = derive_record(self._url, name, manifest, contents, index)
             if record is None:
                 lost.append(index)
             else:
@@ -189,18 +199,10 @@ class _Repair:
 
 
 def derive_record(
-    url: str, name: str | None, manifest: Manifest, tokens: Manifest | None, index: int
+    url: str, name: str | None, manifest: Manifest, contents: Contents, index: int
 ) -> LedgerRecord | None:
-    """A shard's record from its stored data, or None if any of that is damaged or missing.
-
-    `tokens` is the manifest of the store's tokens, if there still is one.
-    """
-    if tokens is None:
-        return None
+    """A shard's record from its stored data, or None if any of that is damaged or missing."""
     spec = shard_spec(manifest, index)
-    contents = Contents(url, name, manifest, tokens)
-    if contents.is_blind:
-        return None
     try:
         tokens_sha256, statistics = contents.describe(spec.first_row, spec.stop_row)
     except (RetortError, ValueError, LookupError):

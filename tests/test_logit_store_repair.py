@@ -200,6 +200,28 @@ def test_a_table_lost_with_its_copy_is_said_and_costs_no_shard(store, golden, ta
     assert files(store) == kept
 
 
+@pytest.mark.parametrize("gone", ["zarr.json", "targets/default/vocabulary_order/c/0"])
+def test_what_cannot_be_judged_is_not_given_up(store, golden, gone):
+    """Records that are derived only by what is gone, also from its copy."""
+    copies = {
+        "zarr.json": "copies/tokens.json",
+        "targets/default/vocabulary_order/c/0": "copies/targets/default/vocabulary_order",
+    }
+    for name in (gone, copies[gone], f"{TARGETS}entry_bucket/c/1/0"):
+        (store / name).unlink()
+    segment = store / TARGETS / "ledger/segment-000000.jsonl"
+    segment.write_bytes(b"torn")
+    kept = files(store)
+    outcome = mended(store)
+    assert outcome.withdrawn == {}
+    assert [line.split(":")[0] for line in outcome.left] == [gone, f"{TARGETS}ledger/"]
+    assert files(store) == kept
+    put(store, kept | {name: golden[name] for name in (gone, copies[gone])})
+    assert mended(store).withdrawn == {"default": [1]}
+    write_missing(store)
+    assert files(store) == golden
+
+
 def test_two_sets_whose_manifests_were_swapped_come_back(store):
     small_store.write_targets(str(store), "other", seed=9)
     whole = files(store)

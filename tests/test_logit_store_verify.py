@@ -402,6 +402,20 @@ def test_tables_are_the_manifests_and_not_only_whole(store, tmp_path):
     assert problem.what == "its values are not the manifest's"
 
 
+def test_tables_that_do_not_fit_each_other_are_found(tmp_path):
+    """They are the manifest's, and a reader refuses them."""
+    url = str(tmp_path / "store")
+    small_store.write_tokens(url)
+    tables = small_store.tables()
+    vocabulary = replace(tables.vocabulary, bucket_bits=tables.vocabulary.bucket_bits[:-1])
+    tables = writer.Tables(vocabulary, tables.sampling_order)
+    manifest = small_store.targets_manifest(vocabulary=tables.info())
+    writer.create_targets(url, "default", manifest, tables)
+    (problem,) = verify(url).problems
+    assert (problem.kind, problem.file) == ("manifest", f"{TARGETS}zarr.json")
+    assert "the buckets do not hold as many ids" in problem.what
+
+
 def test_a_copy_of_a_table_in_other_bytes_is_found(store):
     """Of equal values: they would be the manifest's, and not what the writer wrote."""
     spec = layout.table_arrays(small_store.targets_manifest())["bucket_bits"]
