@@ -39,6 +39,7 @@ MODEL = ModelConfig(
     max_tokens=LENGTH,
 )
 SPEC = SamplerSpec(name="systematic", points=POINTS, slots_per_token=POINTS, block_tokens=BLOCK)
+TOP_K = SPEC.model_copy(update={"name": "top_k", "points": MOST_POINTS, "slots_per_token": 4})
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def compute(
         "rows": np.arange(len(tokens)) + 10,
         "spec": SPEC,
         "seed": 1,
-        "batch_sequences": 2,
+        "batch_sequences": ROWS,
     }
     settings |= other
     tables = vocabulary(teacher.info.vocab_size)
@@ -200,8 +201,7 @@ def test_stored_rows_have_the_formats_shapes_and_types(
         "block_points": ((ROWS, LENGTH // BLOCK), "uint16"),
         "teacher_nats": ((ROWS, 2, LENGTH), "uint8"),
     }
-    many = SPEC.model_copy(update={"points": 300})
-    assert compute(teacher, tokens, segment_ids, spec=many).head_points.dtype == np.uint16
+    assert compute(teacher, tokens, segment_ids, spec=TOP_K).head_points.dtype == np.uint16
     entries = decode(result, segment_ids)
     # Two blocks of padding, and all of them partly used where a document ends.
     assert (entries.entry_id[4, -2 * BLOCK * POINTS :] == -1).all()
@@ -252,10 +252,9 @@ def test_arranged_ids_have_the_same_distribution(
 def test_the_rest_is_the_id_behind_the_last_in_any_order(
     folder: Path, params: Any, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    spec = SPEC.model_copy(update={"name": "top_k", "points": MOST_POINTS, "slots_per_token": 4})
     arranged = Gemma2Teacher(folder, "float32", VOCAB)
     arranged.arrange(np.random.default_rng(4).permutation(VOCAB))
-    weights = dense(propose(arranged, tokens, segment_ids, spec)) / MOST_POINTS
+    weights = dense(propose(arranged, tokens, segment_ids, TOP_K)) / MOST_POINTS
     p = np.exp(dense_log_probs(params, tokens, segment_ids))
     p[~predicted_mask(segment_ids)] = 0.0
     best = np.argsort(-p, axis=-1)[..., :3]
@@ -274,7 +273,8 @@ def test_a_row_does_not_depend_on_its_batch(
     teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
     everything = compute(teacher, tokens, segment_ids)
-    order = np.array([3, 0, 4])
+    # More than a batch, and rows in other places of it.
+    order = np.array([3, 0, 4, 2, 2, 1, 3])
     chosen = compute(teacher, tokens[order], segment_ids[order], rows=order + 10)
     assert_equal(chosen, everything, order)
     alone = compute(teacher, tokens[4:], segment_ids[4:], rows=np.array([14]))

@@ -120,7 +120,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "systematic": {"points": 12, "slots_per_token": 12},
     # The second block overflows in some rows, both in all, and the sampler's own room besides.
     "systematic, some thinned": {"points": 11, "slots_per_token": 5},
-    "systematic, thinned": {"points": 12, "slots_per_token": 3},
+    "systematic, thinned": {"points": 12, "slots_per_token": 4},
     "systematic, halved": {"points": 48, "slots_per_token": 3},
     "multinomial": {"points": 20, "slots_per_token": 20},
     "multinomial, thinned": {"points": 20, "slots_per_token": 4},
@@ -320,7 +320,8 @@ def test_full_stores_every_probability_without_bias(setting: Setting) -> None:
     assert np.abs(z).max() < WORST_Z + 1
     some = setting.p.reshape(-1)[often] < 1e-3
     assert some.sum() > 5000
-    assert 0.8 < np.mean(z[some] ** 2) < 1.1
+    # Entries of a position share an offset, so that this varies more than their number says.
+    assert 0.6 < np.mean(z[some] ** 2) < 1.5
     assert np.abs(found.weight - setting.p.reshape(-1)[flat]).max() < 1.1 / MOST_POINTS
 
 
