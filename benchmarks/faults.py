@@ -458,9 +458,11 @@ class Bench:
     def _read(self, case: Case, where: str, changed: dict[str, bytes | None]) -> None:
         """Each shard's rows are true, or refused with the name of what is damaged."""
         hit = {shard_of(key) for key in changed}
+        opened = None
         for shard, rows in SHARDS.items():
             try:
-                found = reader.TargetsReader(self._url, "default").rows(rows)
+                opened = opened or reader.TargetsReader(self._url, "default")
+                found = opened.rows(rows)
             except RetortError as error:
                 text = str(error)
                 is_named = any(name in text for key in changed for name in names_in_errors(key))
