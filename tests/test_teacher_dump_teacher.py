@@ -1,6 +1,5 @@
 """Teacher and targets: distributions, masks, orders of ids, batches, seeds and memory."""
 
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -212,8 +211,9 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(
     folder: Path, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
     """The same checkpoint with all its rows as vocabulary does sample them."""
+    draws = SPEC.model_copy(update={"name": "multinomial"})
     for vocab, beyond in ((VOCAB, 0), (MODEL.vocab_size, 10)):
-        found = propose(Gemma2Teacher(folder, "float32", vocab), tokens, segment_ids)
+        found = propose(Gemma2Teacher(folder, "float32", vocab), tokens, segment_ids, draws)
         ids = found.id[found.points > 0]
         assert (ids >= VOCAB).sum() >= beyond
         assert beyond or ids.max() < VOCAB
@@ -281,18 +281,14 @@ def test_a_row_does_not_depend_on_its_batch(
     assert_equal(alone, everything, slice(4, 5))
 
 
+# Of no other test, so that what is compiled for small tiles is not taken for larger ones.
+SMALL_TILES = SPEC.model_copy(update={"slots_per_token": POINTS + 1})
+
+
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of eight tokens, as rows that are longer than a tile have them."""
-
-    def forget() -> None:
-        teachers._candidates.clear_cache()
-        teachers._expected_entries.clear_cache()
-
-    forget()
     monkeypatch.setattr(teachers, "_TILE_TOKENS", 9)
-    yield
-    forget()
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -300,13 +296,15 @@ def test_rows_tiles_and_seeds_have_randomness_of_their_own(teacher: Gemma2Teache
     """Each tile is the same document: nothing but row, tile and seed tell the results apart."""
     assert teachers._tile_tokens(LENGTH) == BLOCK
     document = np.random.default_rng(1).integers(4, VOCAB, BLOCK).astype(np.int32)
-    tokens = np.tile(document, (2, LENGTH // BLOCK))
-    segments = np.tile(np.repeat(np.arange(1, LENGTH // BLOCK + 1), BLOCK), (2, 1)).astype(np.int32)
+    tokens = np.tile(document, (ROWS, LENGTH // BLOCK))
+    numbers = np.repeat(np.arange(1, LENGTH // BLOCK + 1), BLOCK)
+    segments = np.tile(numbers, (ROWS, 1)).astype(np.int32)
     seeds = (0, 1, 2**32, 2**32 + 1, 2**40)
-    points = [dense(propose(teacher, tokens, segments, seed=seed)) for seed in seeds]
+    points = [dense(propose(teacher, tokens, segments, SMALL_TILES, seed)) for seed in seeds]
     tiles = [tile.tobytes() for x in points for tile in x.reshape(-1, BLOCK, VOCAB + 1)]
-    assert len(set(tiles)) == len(tiles) == 40
-    np.testing.assert_array_equal(dense(propose(teacher, tokens, segments, seed=0)), points[0])
+    assert len(set(tiles)) == len(tiles) == 100
+    again = propose(teacher, tokens, segments, SMALL_TILES, seeds[0])
+    np.testing.assert_array_equal(dense(again), points[0])
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -314,7 +312,7 @@ def test_several_tiles_are_one_row(
     teacher: Gemma2Teacher, params: Any, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
     """Positions, entropies and labels of each tile stand where they are in the row."""
-    found = propose(teacher, tokens, segment_ids)
+    found = propose(teacher, tokens, segment_ids, SMALL_TILES)
     log_probs = dense_log_probs(params, tokens, segment_ids)
     assert_points_are(dense(found), log_probs, segment_ids)
     predicted = predicted_mask(segment_ids)
@@ -366,13 +364,14 @@ def test_expected_entries_are_those_of_all_rows(
 def test_bfloat16_is_close_and_is_not_float32(
     folder: Path, teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    half = propose(Gemma2Teacher(folder, "bfloat16", VOCAB), tokens, segment_ids)
-    full = propose(teacher, tokens, segment_ids)
+    half = propose(Gemma2Teacher(folder, "bfloat16", VOCAB), tokens, segment_ids, TOP_K)
+    full = propose(teacher, tokens, segment_ids, TOP_K)
     error = np.abs(half.teacher_entropy - full.teacher_entropy)
     assert error.max() > 1e-4
     assert error.mean() < 0.1
     predicted = predicted_mask(segment_ids)
-    assert (dense(half).sum(axis=-1) == np.where(predicted, POINTS, 0)).all()
+    totals = dense(half).sum(axis=-1)
+    np.testing.assert_allclose(totals, np.where(predicted, MOST_POINTS, 0), rtol=1e-4)
     assert half.teacher_entropy.dtype == np.float32
 
 
