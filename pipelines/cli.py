@@ -38,6 +38,7 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(verbs.InspectArguments, verbs.inspect),
     "show": Verb(verbs.ShowArguments, verbs.show),
     "verify": Verb(verbs.VerifyArguments, verbs.verify),
+    "repair": Verb(verbs.RepairArguments, verbs.repair),
     "stats": Verb(verbs.StatsArguments, verbs.stats),
     "train": Verb(verbs.TrainConfig, verbs.train),
     "eval": Verb(verbs.EvalConfig, verbs.evaluate),

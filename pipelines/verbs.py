@@ -8,9 +8,11 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console, RenderableType
 
-from logit_store import manifests, parquet
+from logit_store import manifests, parquet, storage
 from logit_store.inspect import terminal
 from logit_store.reader import TokensReader, check_tokenizer
+from logit_store.repair import repair as repair_store
+from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
@@ -18,7 +20,7 @@ from pipelines import plan_view, progress, runner, training
 from pipelines import quickstart as quickstart_run
 from pipelines import tokenize as tokenize_pipeline
 from schemas.base import Document
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, CorruptStoreError, StoreNotFoundError
 from schemas.runs import (
     DumpConfig,
     EvalConfig,
@@ -51,6 +53,12 @@ class InspectArguments(_StoreArguments):
 
 class VerifyArguments(_StoreArguments):
     """Check every byte of a store; exit status 1 if anything is wrong: `retort verify STORE`."""
+
+
+class RepairArguments(_StoreArguments):
+    """Mend a damaged store; exit status 1 if anything is left: `retort repair STORE`."""
+
+    apply: bool = Field(False, description="Mend; without it the store is only read.")
 
 
 class StatsArguments(_StoreArguments):
@@ -146,16 +154,49 @@ def stats(arguments: StatsArguments, console: Console) -> int:
 
 
 def verify(arguments: VerifyArguments, console: Console) -> int:
-    total = sum(
-        manifests.read_manifest(arguments.store, name).num_shards
-        for name in [None, *manifests.list_targets(arguments.store)]
-    )
+    total = _total_shards(arguments.store)
     # The bar goes to stderr, so that --json and pipes get the result alone.
     with progress.bar(Console(stderr=True), "verify", total, "shards") as advance:
         report = verify_store(arguments.store, progress=advance)
     data = terminal.verify_data(arguments.store, report)
     _output(console, arguments, data, lambda: terminal.verify_view(arguments.store, report))
     return 0 if report.ok else EXIT_PROBLEMS
+
+
+def repair(arguments: RepairArguments, console: Console) -> int:
+    url, errors = arguments.store, Console(stderr=True)
+    with progress.bar(errors, "verify", _total_shards(url), "shards") as advance:
+        report, outcome = repair_store(url, arguments.apply, advance)
+    after = None
+    if arguments.apply and not report.ok:
+        # That a store is whole again is not promised but looked at.
+        with progress.bar(errors, "verify again", _total_shards(url), "shards") as advance:
+            after = verify_store(url, advance)
+    data = terminal.repair_data(url, report, outcome, after)
+    _output(console, arguments, data, lambda: terminal.repair_view(data, report))
+    return 0 if data["ok"] else EXIT_PROBLEMS
+
+
+def _total_shards(url: str) -> int | None:
+    """How many shards a verification goes through, or None if a manifest and its copy are damaged.
+
+    Raises StoreNotFoundError if there is nothing, and FormatVersionError for another version.
+    """
+    total = 0
+    for name in (None, *manifests.list_targets(url)):
+        found, _ = sound_manifests(url, name)
+        if found:
+            total += next(iter(found.values())).num_shards
+            continue
+        try:
+            manifests.read_manifest(url, name)
+        except CorruptStoreError:
+            return None
+        except StoreNotFoundError:
+            if not storage.list_keys(storage.open_kvstore(url)):
+                raise
+            return None
+    return total
 
 
 def _output(console: Console, arguments: _OutputArguments, data: dict[str, Any], view: Any) -> int:

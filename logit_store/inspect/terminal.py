@@ -4,6 +4,7 @@ Corpus text, and the names that a manifest or a folder holds, may be hostile: co
 shown as signs, and nothing is taken for markup.
 """
 
+import shlex
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from logit_store import manifests, reader
+from logit_store.repair import Outcome
 from logit_store.statistics import Distribution, Summary, distributions, summary
-from logit_store.verify import Report
+from logit_store.verify import Problem, Report
 from schemas.errors import ConfigError
 from schemas.manifest import TargetsManifest, TokensManifest
 
@@ -270,7 +272,7 @@ def verify_data(url: str, report: Report) -> dict[str, Any]:
         "bytes": report.bytes,
         "shards": report.shards,
         "missing_shards": report.missing_shards,
-        "problems": [{"file": p.file, "shard": p.shard, "what": p.what} for p in report.problems],
+        "problems": _problems(report.problems),
     }
 
 
@@ -287,6 +289,93 @@ def verify_view(url: str, report: Report) -> RenderableType:
     count = len(report.problems)
     title = _title(f"{url}: {count} problem{'s' if count > 1 else ''} ({checked})")
     return Group(title, *(Text(f"  {printable(str(problem))}") for problem in report.problems))
+
+
+def _problems(problems: list[Problem]) -> list[dict[str, Any]]:
+    return [{"file": p.file, "shard": p.shard, "what": p.what} for p in problems]
+
+
+# repair
+
+
+def repair_data(url: str, report: Report, outcome: Outcome, after: Report | None) -> dict[str, Any]:
+    """What was found and what was done or, without `after`, would be done about it.
+
+    `after` is the verification that followed, where anything was mended. `ok` if the store is whole
+    at the end: nothing is wrong, and nothing was given up.
+    """
+    final = report if after is None else after
+    return {
+        "store": url,
+        "ok": final.ok and not outcome.withdrawn,
+        "applied": after is not None,
+        "missing_shards": final.missing_shards,
+        "problems": _problems(report.problems),
+        "mended": outcome.mended,
+        "write_again": [
+            {"targets": name, "shards": shards, "command": _command(url, name)}
+            for name, shards in outcome.withdrawn.items()
+        ],
+        "left": outcome.left,
+        "remaining": _problems(final.problems),
+    }
+
+
+def repair_view(data: dict[str, Any], report: Report) -> RenderableType:
+    """The verification's problems, then what becomes of each."""
+    parts = [verify_view(data["store"], report)]
+    applied = data["applied"]
+
+    def section(title: str, lines: list[str]) -> None:
+        if lines:
+            parts.extend([_title(title), *(Text(f"  {printable(line)}") for line in lines)])
+
+    section("mended" if applied else "would be mended", data["mended"])
+    section(
+        "lost, to be written again by the config that made them"
+        if applied
+        else "would be given up, and then be written again by the config that made them",
+        [
+            f"{_what(item['targets'])}, {_shards(item['shards'])}: {item['command']}"
+            for item in data["write_again"]
+        ],
+    )
+    section("left to you", data["left"])
+    if applied:
+        told = tuple(line.split(": ")[0] for line in data["left"])
+        others = [problem for problem in data["remaining"] if problem["file"] not in told]
+        section(
+            "still damaged; repair again",
+            [f"{problem['file']}: {problem['what']}" for problem in others],
+        )
+        if data["ok"]:
+            parts.append(_title("whole again"))
+    elif data["mended"] or data["write_again"]:
+        parts.append(_title("nothing was changed; --apply does it"))
+    return Group(*parts)
+
+
+def _command(url: str, name: str | None) -> str:
+    """What writes the missing shards, all but the rest of the config that made them."""
+    if name is None:
+        return f"retort tokenize --store {shlex.quote(url)} …"
+    return f"retort dump --store {shlex.quote(url)} --name {shlex.quote(name)} …"
+
+
+def _what(name: str | None) -> str:
+    return "tokens" if name is None else f"targets '{name}'"
+
+
+def _shards(indices: list[int]) -> str:
+    """Sorted indices, runs of them as ranges: 'shards 0-3, 7'."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"{'shard' if len(indices) == 1 else 'shards'} {text}"
 
 
 def _title(text: str) -> Text:
