@@ -37,6 +37,8 @@ def parse_manifest(raw: bytes, url: str, name: str | None, where: str) -> Manife
         attributes = json.loads(raw)["attributes"]
         document = attributes[layout.MANIFEST_ATTRIBUTE]
         version = document["format_version"]
+        # Inside, as JSON may escape half a character, which no UTF-8 is of.
+        found = hashlib.sha256(canonical_json(document).encode()).hexdigest()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptStoreError(
             f"A group's zarr.json must hold a retort manifest, but {where} does not ({error!r}); "
@@ -47,8 +49,7 @@ def parse_manifest(raw: bytes, url: str, name: str | None, where: str) -> Manife
             f"This retort reads format version {FORMAT_VERSION}, but {where} is of version "
             f"{version}; upgrade retort or use the version that wrote it."
         )
-    checksum = attributes.get(layout.CHECKSUM_ATTRIBUTE)
-    if checksum != hashlib.sha256(canonical_json(document).encode()).hexdigest():
+    if attributes.get(layout.CHECKSUM_ATTRIBUTE) != found:
         raise CorruptStoreError(
             f"A manifest must match its {layout.CHECKSUM_ATTRIBUTE}, but that of {where} does not; "
             f"run `retort repair {url}`."

@@ -322,6 +322,13 @@ def test_a_future_version_is_refused_by_name(store):
         reader.TargetsReader(store, "default")
 
 
+def test_half_a_character_in_a_manifest_is_damage(store):
+    path = Path(store) / "zarr.json"
+    path.write_bytes(path.read_bytes().replace(b'"software": {', b'"software": {"\\ud800": "x", '))
+    with pytest.raises(CorruptStoreError, match="must hold a retort manifest"):
+        reader.TokensReader(store)
+
+
 def test_targets_over_other_tokens_are_refused(store):
     path = Path(store) / "zarr.json"
     document = json.loads(path.read_text())
