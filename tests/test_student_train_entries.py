@@ -22,16 +22,20 @@ def slow_positions(heads: np.ndarray, tails: np.ndarray, block: int, slots: int)
     ("rows", "blocks", "block", "per_token"),
     [(1, 1, 1, 1), (3, 2, 8, 3), (2, 4, 5, 2), (2, 1, 64, 9)],
 )
-def test_positions_on_the_device_are_those_of_a_plain_loop(rows, blocks, block, per_token):
+def test_positions_on_the_device_are_those_of_a_plain_loop(
+    rows: int, blocks: int, block: int, per_token: int
+) -> None:
     random = np.random.default_rng(rows * block)
     slots, length = block * per_token, blocks * block
-    for fill in (0.0, 0.5, 1.0):
+    # Blocks without entries, full ones, and blocks that each have another number.
+    for least, most in ((0, 0), (slots, slots), (0, slots), (0, slots)):
         heads = np.zeros((rows, length), np.uint16)
         tails = np.zeros((rows, length), np.uint16)
         for row in range(rows):
-            for entry in range(int(fill * slots) * blocks):
-                counts = (heads, tails)[random.integers(2)]
-                counts[row, (entry % blocks) * block + random.integers(block)] += 1
+            for first in range(0, length, block):
+                for _ in range(random.integers(least, most + 1)):
+                    counts = (heads, tails)[random.integers(2)]
+                    counts[row, first + random.integers(block)] += 1
         expected = np.stack(
             [slow_positions(h, t, block, slots) for h, t in zip(heads, tails, strict=True)]
         )
