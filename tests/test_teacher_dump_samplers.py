@@ -516,9 +516,12 @@ def test_pairs_beyond_the_gram_are_settled_too() -> None:
 
 
 def test_balancing_lowers_the_error_in_the_hidden_states(
-    mixed: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    mixed: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """E||sum (p^ - p) embedding||^2, against half points that no pair balances with another."""
+    """E||sum (p^ - p) embedding||^2, against half points of which a coin for each pair decides.
+
+    And it is no more off in the mean than they are, which without the flips it would be.
+    """
     log_probs, p = mixed
     table = a_table(500)
     embedding = np.asarray(table)[:500]
@@ -530,14 +533,28 @@ def test_balancing_lowers_the_error_in_the_hidden_states(
         jax.random.split(jax.random.key(0), SEEDS),
     )
 
-    def error() -> float:
-        found = Candidates(*(np.asarray(x) for x in samplers.settle(draft)))
-        off = dense(found, 8, 500) / 12 - p
-        return float(np.square(off @ embedding).sum(axis=(1, 2)).mean())
+    assert draft.balance is not None
+    order = np.asarray(draft.balance.order)
+    proposed = Candidates(*(np.asarray(x) for x in draft.candidates))
+    coins = np.random.default_rng(1).integers(0, 2, (SEEDS, 8, spec_of().points))
+    coin = coins[np.arange(SEEDS)[:, None], proposed.position, order // 2]
+    tossed = proposed._replace(points=proposed.points + ((order >= 0) & (order % 2 == coin)))
+    never = draft.balance._replace(flip=jnp.zeros_like(draft.balance.flip))
 
-    balanced = error()
-    monkeypatch.setattr(samplers, "_SWEEPS", 0)
-    assert balanced < 0.85 * error()
+    def gradients(found: Candidates) -> np.ndarray:
+        """[seeds, B, D]; each position has all its points."""
+        points = dense(found, 8, 500)
+        assert (points.sum(axis=2) == 12).all()
+        return (points / 12 - p) @ embedding
+
+    balanced, one_way, random = (
+        gradients(Candidates(*(np.asarray(x) for x in found)))
+        for found in (settle(draft), settle(draft._replace(balance=never)), tossed)
+    )
+    assert np.square(balanced).sum(axis=2).mean() < 0.7 * np.square(random).sum(axis=2).mean()
+    for unbiased in (balanced, random):
+        assert np.abs(z_scores(unbiased, np.zeros((8, 6)))).max() < WORST_Z
+    assert np.abs(z_scores(one_way, np.zeros((8, 6)))).max() > 2 * WORST_Z
 
 
 def test_the_gram_is_of_neighbouring_open_ids() -> None:
