@@ -66,8 +66,8 @@ def test_without_apply_it_is_only_said(capsys, store):
     assert f"shard 1: {TARGETS}entry_bucket/c/1/0: its bytes differ from their SHA-256" in out
     assert "would be mended\n  copies/tokens.json: written again from zarr.json\n" in out
     command = f"retort dump --store {store} --name default …"
-    assert "would be given up, and then be written again by the config that made them\n  "
-    assert f"  targets 'default', shard 1: {command}\n" in out
+    title = "would be given up, and then be written again by the config that made them"
+    assert f"\n{title}\n  targets 'default', shard 1: {command}\n" in out
     assert out.endswith("nothing was changed; --apply does it\n")
     assert files(store) == before
     status, data = run_json(capsys, "repair", store)
@@ -196,13 +196,19 @@ def test_verify_and_repair_work_on_a_damaged_manifest(capsys, store, name, how):
     assert files(store) == before
 
 
-@pytest.mark.parametrize("group", [("zarr.json", "copies/tokens.json"), (f"{TARGETS}zarr.json",)])
-def test_verify_works_where_a_manifest_is_lost_for_good(capsys, store, group):
-    for name in {*group, f"copies/{TARGETS[:-1]}.json" if group[0] != "zarr.json" else group[0]}:
-        (store / name).write_bytes(b"{")
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [("zarr.json", "copies/tokens.json"), (f"{TARGETS}zarr.json", "copies/targets/default.json")],
+)
+@pytest.mark.parametrize("raw", [b"{", None])
+def test_verify_works_where_a_manifest_is_lost_for_good(capsys, store, name, copy, raw):
+    for file in (store / name, store / copy):
+        file.unlink()
+        if raw is not None:
+            file.write_bytes(raw)
     status, data = run_json(capsys, "verify", store)
     assert status == 1
-    assert group[0] in [problem["file"] for problem in data["problems"]]
+    assert {name, copy} <= {problem["file"] for problem in data["problems"]}
 
 
 def test_a_store_of_another_version_is_refused_and_not_taken_for_damaged(capsys, store):
