@@ -45,10 +45,10 @@ def main() -> None:
     states = States(arguments.states, 1)
     order = states.similar
     small = StatesTeacher(states, order)
-    params, config, vocab = small._params, small._config, small.info.vocab_size
+    params, config, vocab = small.params, small.config, small.info.vocab_size
     where = slice(2048, 2048 + TOKENS)
     predicted = states.predicted[0, where]
-    tile, _, scores = teacher._make_tile(
+    tile, _, scores = teacher.score_tile(
         params,
         config,
         states.hidden[0, where],

@@ -51,7 +51,7 @@ def head_only(params: Any, config: Any, hidden: jax.Array, log_total: bool) -> j
         return jax.nn.logsumexp(scores, axis=1) if log_total else scores[:, 0]
 
     return jax.lax.map(
-        one_tile, hidden.reshape(-1, teacher._tile_tokens(hidden.shape[1]), hidden.shape[2])
+        one_tile, hidden.reshape(-1, teacher.tile_tokens(hidden.shape[1]), hidden.shape[2])
     )
 
 

@@ -110,14 +110,14 @@ def exact_rows(
     """Exact distributions of all rows, tile by tile, and every case's candidates of each."""
     order = states.similar
     small = StatesTeacher(states, order)
-    params, config, vocab = small._params, small._config, small.info.vocab_size
+    params, config, vocab = small.params, small.config, small.info.vocab_size
     tables = [jnp.asarray(states.table[order]), jnp.asarray(student[order])]
     place = np.empty(vocab, np.int32)
     place[order] = np.arange(vocab)
 
     @jax.jit
     def one_tile(hidden: Any, predicted: Any, labels: Any, keys: Any) -> Any:
-        tile, entropy, scores = teacher._make_tile(
+        tile, entropy, scores = teacher.score_tile(
             params, config, hidden, predicted, temperature, vocab
         )
         p = jnp.exp(scores - tile.log_total[:, None])[:, :vocab]

@@ -17,7 +17,6 @@ from logit_store import codec, layout, storage, writer
 from logit_store.ledger import Ledger
 from schemas.manifest import (
     Corpus,
-    SamplerName,
     SamplerSpec,
     TargetsManifest,
     TeacherInfo,
@@ -91,8 +90,8 @@ class StatesTeacher:
         self._place[self._order] = np.arange(vocab_size, dtype=np.int32)
         pad = -vocab_size % teachers.CHUNK
         table = np.pad(states.table[self._order], ((0, pad), (0, 0)))
-        self._params = {"embedding": jnp.asarray(table)}
-        self._config = ModelConfig(
+        self.params = {"embedding": jnp.asarray(table)}
+        self.config = ModelConfig(
             vocab_size=vocab_size,
             d_model=states.table.shape[1],
             num_layers=2,
@@ -116,7 +115,7 @@ class StatesTeacher:
         seed: int,
     ) -> teachers.RowCandidates:
         sample = partial(teachers.sample_rows, spec=spec, vocab_size=self.info.vocab_size)
-        run = jax.jit(partial(sample, self._params, self._config))
+        run = jax.jit(partial(sample, self.params, self.config))
         found, entropy, label = run(
             jnp.asarray(self._states.hidden[rows]),
             jnp.asarray(self._place[tokens]),
@@ -128,16 +127,6 @@ class StatesTeacher:
         return teachers.RowCandidates(
             position, self._ids[column], points, np.asarray(entropy), np.asarray(label)
         )
-
-    def expected_entries(
-        self,
-        tokens: np.ndarray,
-        segment_ids: np.ndarray,
-        name: SamplerName,
-        temperature: float,
-        points: np.ndarray,
-    ) -> np.ndarray:
-        raise NotImplementedError
 
 
 def write_store(

@@ -65,8 +65,8 @@ def main() -> None:
 
     @jax.jit
     def one_tile(hidden: jax.Array, predicted: jax.Array) -> tuple[jax.Array, ...]:
-        tile, _, scores = teacher._make_tile(
-            small._params, small._config, hidden, predicted, arguments.temperature,
+        tile, _, scores = teacher.score_tile(
+            small.params, small.config, hidden, predicted, arguments.temperature,
             small.info.vocab_size,
         )  # fmt: skip
         p = jnp.where(predicted[:, None], jnp.exp(scores - tile.log_total[:, None]), 0.0)

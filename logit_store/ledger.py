@@ -278,8 +278,7 @@ class Ledger:
         wanted = withdrawn | set(replaced)
         self._delete([_SUMMARY_KEY])
         for index, raw in replaced.items():
-            with remote.explained(self._store):
-                self._store.write(record_key(index), raw).result()
+            storage.write_bytes(self._store, record_key(index), raw)
         for number in sorted({index // SEGMENT_SHARDS for index in wanted}):
             try:
                 lines = self._segment_lines(number) or []

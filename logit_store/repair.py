@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from logit_store import layout, remote, storage
+from logit_store import layout, storage
 from logit_store.ledger import Ledger, shard_spec
 from logit_store.verify import (
     Contents,
@@ -74,12 +74,10 @@ class _Repair:
             return
         self.outcome.mended.append(f"{key}: {how}")
         if self._apply:
-            with remote.explained(self._store):
-                self._store.write(key, raw).result()
+            storage.write_bytes(self._store, key, raw)
 
     def _delete(self, key: str) -> None:
-        with remote.explained(self._store):
-            self._store.write(key, None).result()
+        storage.delete(self._store, key)
 
     def manifests(self, problems: list[Problem]) -> None:
         """Write each damaged manifest from its copy, or the copy from the manifest."""

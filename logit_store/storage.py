@@ -106,6 +106,18 @@ def _read_range(store: Any, key: str, start: int, stop: int) -> bytes | None:
     return result.value if result.state == "value" else None
 
 
+def write_bytes(store: Any, key: str, data: bytes) -> None:
+    """Write an object, atomically, over whatever is there."""
+    with remote.explained(store):
+        store.write(key, data).result()
+
+
+def delete(store: Any, key: str) -> None:
+    """Delete an object, if there is one."""
+    with remote.explained(store):
+        store.write(key, None).result()
+
+
 def write_new(store: Any, key: str, data: bytes) -> bytes:
     """Write an object unless it exists, atomically; returns the bytes that are stored then."""
     with remote.explained(store):

@@ -88,7 +88,7 @@ def create_tokens(url: str, manifest: TokensManifest, corpus: Corpus) -> None:
     # Left by drivers that were refused or killed before their manifest was there.
     for other in storage.list_keys(storage.open_kvstore(url, layout.CORPUS)):
         if layout.CORPUS + other != key:
-            store.write(layout.CORPUS + other, None).result()
+            storage.delete(store, layout.CORPUS + other)
 
 
 def create_targets(url: str, name: str, manifest: TargetsManifest, tables: Tables) -> None:
@@ -245,7 +245,7 @@ class _ShardWriter:
             if not str(error).startswith("DATA_LOSS"):
                 raise
             key = spec.shard_key(rows.start // (spec.shard_sequences or 1))
-            storage.open_kvstore(self._url, group).write(key, None).result()
+            storage.delete(storage.open_kvstore(self._url, group), key)
             storage.open_array(self._url, group, spec)[rows].write(values).result()
 
     def _stored(self, group: str, key: str) -> ShardFile:

@@ -21,6 +21,8 @@ from gemma2 import checkpoint
 from logit_store import codec, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
 from pipelines import progress, runner, software
+from pipelines.answers import Answer, Answers
+from pipelines.shards import write_missing
 from schemas.base import Document
 from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
 from schemas.manifest import (
@@ -35,7 +37,6 @@ from teacher_dump import vocabulary
 from teacher_dump.targets import compute_rows
 from teacher_dump.teacher import Gemma2Teacher
 
-_PILOT = "pilot/"
 # Rows from which the number of points follows: enough for 3 % of the mean number of entries.
 _PILOT_ROWS = 64
 _PILOT_TOKENS = 2**16
@@ -56,27 +57,16 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     """
     manifest, tables = plan(config, console, options)
     writer.create_targets(config.store, config.name, manifest, tables)
-    _forget_pilot(config)
+    # The manifest holds what it said.
+    _pilot(config).forget()
     storage.sweep_locks(config.store)
     ledger = Ledger(config.store, config.name, manifest)
-    ledger.compact()
-    pending = ledger.pending()
-    total = manifest.num_shards
-    if not pending:
-        return f"targets '{config.name}' are complete: all {total} shards reused"
-    done = total - len(pending)
-    if done:
-        console.print(f"dump: resuming, {done} of {total} shards are committed")
-    with progress.watch(console, "dump", total, "shards", ledger.compact):
-        runner.run(pending, WriteTargets(config), "WriteTargets", options)
-    ledger.compact()
-    left = ledger.pending()
-    if left:
-        raise IncompleteStoreError(
-            f"Every shard must be committed when the job ends, but {len(left)} of {total} are not "
-            f"(first: {left[0].index}); run the same command again."
-        )
-    return f"targets '{config.name}': {len(pending)} shards computed, {done} reused"
+    computed, reused = write_missing(
+        ledger, WriteTargets(config), console, options, verb="dump", stage="dump"
+    )
+    if not computed:
+        return f"targets '{config.name}' are complete: all {reused} shards reused"
+    return f"targets '{config.name}': {computed} shards computed, {reused} reused"
 
 
 def plan(
@@ -183,10 +173,12 @@ class PilotSpec(Document):
     rows: tuple[int, ...]
 
 
-class PilotCount(Document):
-    """What the teacher said: expected entries for each of the pilot's numbers of points."""
+class PilotCount(Answer):
+    """What the teacher said: expected entries for each of the pilot's numbers of points.
 
-    run: str = Field(description="Fingerprint of the config, the teacher and the rows.")
+    `run` is of the config, the teacher and the rows.
+    """
+
     entries: tuple[float, ...]
     tokens: int
 
@@ -206,14 +198,13 @@ def _pilot_points(
         PilotSpec(index=i, rows=tuple(rows[i * size : (i + 1) * size].tolist()))
         for i in range(-(-len(rows) // size))
     ]
-    known = _read_pilot(config, teacher, specs)
+    pilot = _pilot(config)
+    runs = {spec.index: _pilot_run(config, teacher, spec) for spec in specs}
+    known = pilot.get(runs)
     missing = [spec for spec in specs if spec.index not in known]
-    store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
-    with progress.watch(
-        console, "dump: pilot", len(specs), "batches", lambda: len(storage.list_keys(store))
-    ):
+    with progress.watch(console, "dump: pilot", len(specs), "batches", pilot.count):
         runner.run(missing, CountPilot(config, teacher), "CountPilot", options)
-    known = _read_pilot(config, teacher, specs)
+    known = pilot.get(runs)
     total = sum(count.tokens for count in known.values())
     entries = np.sum([count.entries for count in known.values()], axis=0) / max(total, 1)
     return points_for(config.sampler.entries_per_token, _PILOT_POINTS, entries)
@@ -252,8 +243,7 @@ class CountPilot(beam.DoFn):
             entries=tuple(entries.tolist()),
             tokens=int(np.count_nonzero(segments)),
         )
-        store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
-        store.write(f"{spec.index:08d}.json", count.canonical_json().encode()).result()
+        _pilot(config).put(spec.index, count)
         yield spec.index
 
 
@@ -261,26 +251,8 @@ def _pilot_run(config: DumpConfig, teacher: TeacherInfo, spec: PilotSpec) -> str
     return f"{config.fingerprint()}-{teacher.fingerprint()}-{spec.fingerprint()}"
 
 
-def _read_pilot(
-    config: DumpConfig, teacher: TeacherInfo, specs: list[PilotSpec]
-) -> dict[int, PilotCount]:
-    """Counts of an interrupted or finished pilot of this config, teacher and rows."""
-    store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
-    found = {}
-    for spec in specs:
-        raw = storage.read_bytes(store, f"{spec.index:08d}.json")
-        if raw is not None:
-            count = PilotCount.model_validate_json(raw)
-            if count.run == _pilot_run(config, teacher, spec):
-                found[spec.index] = count
-    return found
-
-
-def _forget_pilot(config: DumpConfig) -> None:
-    """The manifest holds what it said; only the driver calls this, after writing it."""
-    store = storage.open_kvstore(config.store, f"{_PILOT}{config.name}/")
-    for key in storage.list_keys(store):
-        store.write(key, None).result()
+def _pilot(config: DumpConfig) -> Answers[PilotCount]:
+    return Answers(config.store, f"pilot/{config.name}/", PilotCount)
 
 
 # Shards

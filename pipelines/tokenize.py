@@ -18,8 +18,10 @@ from rich.console import Console
 from logit_store import manifests, reader, storage, writer
 from logit_store.ledger import Ledger
 from pipelines import progress, runner, software
+from pipelines.answers import Answer, Answers
+from pipelines.shards import write_missing
 from schemas.base import Document
-from schemas.errors import ConfigError, IncompleteStoreError, StoreNotFoundError
+from schemas.errors import ConfigError, StoreNotFoundError
 from schemas.manifest import (
     Corpus,
     LedgerRecord,
@@ -32,8 +34,6 @@ from schemas.runs import TokenizeConfig
 from teacher_dump import corpus, packing
 from teacher_dump.tokenizer import Tokenizer
 
-_COUNTS = "counts/"
-
 
 class SplitSpec(Document):
     """The name of one split to count: a run of the sorted input files."""
@@ -43,10 +43,9 @@ class SplitSpec(Document):
     paths: tuple[str, ...]
 
 
-class SplitCount(Document):
-    """What pass 1 learned of one split; kept beside the store until its manifest exists."""
+class SplitCount(Answer):
+    """What pass 1 learned of one split; `run` is of the config, the tokenizer and the split."""
 
-    run: str = Field(description="Fingerprint of the config, the tokenizer and the split.")
     sources: tuple[SourceFile, ...]
     rows: int
     tokens: int
@@ -63,26 +62,19 @@ def tokenize(
     _pack.cache_clear()
     manifest, sources = _plan(config, console, options)
     writer.create_tokens(config.store, manifest, sources)
-    _forget_counts(config)
+    _counts(config).forget()
     storage.sweep_locks(config.store)
-    ledger = Ledger(config.store, None, manifest)
-    ledger.compact()
-    pending = ledger.pending()
-    total = manifest.num_shards
-    if not pending:
-        return f"tokens are complete: all {total} shards reused"
-    if len(pending) < total:
-        console.print(f"tokenize: resuming, {total - len(pending)} of {total} shards are committed")
-    with progress.watch(console, "tokenize: writing", total, "shards", ledger.compact):
-        runner.run(pending, WriteTokens(config), "WriteTokens", options)
-    ledger.compact()
-    left = ledger.pending()
-    if left:
-        raise IncompleteStoreError(
-            f"Every shard must be committed when the job ends, but {len(left)} of {total} are not "
-            f"(first: {left[0].index}); run the same command again."
-        )
-    return f"tokens: {len(pending)} shards written, {total - len(pending)} reused"
+    written, reused = write_missing(
+        Ledger(config.store, None, manifest),
+        WriteTokens(config),
+        console,
+        options,
+        verb="tokenize",
+        stage="tokenize: writing",
+    )
+    if not written:
+        return f"tokens are complete: all {reused} shards reused"
+    return f"tokens: {written} shards written, {reused} reused"
 
 
 def _plan(
@@ -94,18 +86,19 @@ def _plan(
     existing = _existing_manifest(config)
     if existing is not None:
         return _expected_manifest(existing, config, specs)
-    store = _counts(config)
-    known = _read_counts(config, specs)
+    counts = _counts(config)
+    runs = {spec.index: _run(config, spec) for spec in specs}
+    known = counts.get(runs)
     missing = [spec for spec in specs if spec.index not in known]
     with progress.watch(
         console,
         "tokenize: counting",
         len(specs),
         "splits",
-        lambda: len(storage.list_keys(store)),
+        counts.count,
     ):
         runner.run(missing, CountSplit(config), "CountSplit", options)
-    known = _read_counts(config, specs)
+    known = counts.get(runs)
     sources: list[SourceFile] = []
     splits: list[Split] = []
     row = 0
@@ -171,8 +164,7 @@ class CountSplit(beam.DoFn):
             rows=len(tokens),
             tokens=int(np.count_nonzero(segment_ids)),
         )
-        store = _counts(self._config)
-        store.write(_count_key(spec.index), count.canonical_json().encode()).result()
+        _counts(self._config).put(spec.index, count)
         yield spec.index
 
 
@@ -279,36 +271,10 @@ def _expected_manifest(
     return manifest, found
 
 
-def _counts(config: TokenizeConfig):
-    return storage.open_kvstore(config.store, _COUNTS)
-
-
-def _forget_counts(config: TokenizeConfig) -> None:
-    """The manifest holds what they said; only the driver calls this, after writing it."""
-    store = _counts(config)
-    for key in storage.list_keys(store):
-        store.write(key, None).result()
-
-
-def _count_key(index: int) -> str:
-    return f"{index:08d}.json"
+def _counts(config: TokenizeConfig) -> Answers[SplitCount]:
+    return Answers(config.store, "counts/", SplitCount)
 
 
 def _run(config: TokenizeConfig, spec: SplitSpec) -> str:
     tokenizer = Tokenizer.load(config.tokenizer).info.sha256
     return f"{config.fingerprint()}-{tokenizer}-{spec.fingerprint()}"
-
-
-def _read_counts(config: TokenizeConfig, specs: Sequence[SplitSpec]) -> dict[int, SplitCount]:
-    """Counts of an interrupted or finished pass 1 that still describe these splits."""
-    store = _counts(config)
-    keys = set(storage.list_keys(store))
-    found = {}
-    for spec in specs:
-        if _count_key(spec.index) not in keys:
-            continue
-        raw = store.read(_count_key(spec.index)).result().value
-        count = SplitCount.model_validate_json(raw)
-        if count.run == _run(config, spec):
-            found[spec.index] = count
-    return found

@@ -43,7 +43,7 @@ class RowCandidates(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What a dump needs of a teacher."""
+    """What `compute_rows` needs of a teacher."""
 
     info: TeacherInfo
 
@@ -59,17 +59,6 @@ class Teacher(Protocol):
 
         A row's result depends on the row, the spec and the seed, never on its batch.
         """
-        ...
-
-    def expected_entries(
-        self,
-        tokens: np.ndarray,
-        segment_ids: np.ndarray,
-        name: SamplerName,
-        temperature: float,
-        points: np.ndarray,
-    ) -> np.ndarray:
-        """float64 [P]: expected entries of all rows together for each of `points` int32 [P]."""
         ...
 
 
@@ -141,7 +130,7 @@ class Gemma2Teacher:
         temperature: float,
         points: np.ndarray,
     ) -> np.ndarray:
-        """As the protocol says."""
+        """float64 [P]: expected entries of all rows together for each of `points` int32 [P]."""
         found = _expected_entries(
             self._params,
             *self._arrays(tokens, segment_ids),
@@ -179,12 +168,12 @@ def _seed_key(seed: int) -> Array:
     return jax.random.fold_in(jax.random.key(low), np.uint32(high))
 
 
-def _tile_tokens(length: int) -> int:
+def tile_tokens(length: int) -> int:
     """Positions of a tile: as many as divide a row, up to a bound on the memory of their scores."""
     return max(size for size in range(1, _TILE_TOKENS + 1) if length % size == 0)
 
 
-def _make_tile(
+def score_tile(
     params: Params,
     config: ModelConfig,
     hidden: Array,
@@ -236,7 +225,7 @@ def sample_rows(
     [b, L] name. predicted bool [b, L]; rows int32 [b], from which with `key` all randomness is.
     """
     batch, length = tokens.shape
-    size = _tile_tokens(length)
+    size = tile_tokens(length)
     count = length // size
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
@@ -248,7 +237,7 @@ def sample_rows(
 
     def one_tile(item: tuple[Array, ...]) -> tuple[Draft, Array, Array]:
         tile_hidden, tile_predicted, tile_labels, tile_key = item
-        tile, entropy, scores = _make_tile(
+        tile, entropy, scores = score_tile(
             params, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
         )
         label = jnp.take_along_axis(scores, tile_labels[:, None], axis=1)[:, 0] - tile.log_total
@@ -295,11 +284,11 @@ def _expected_entries(
 ) -> Array:
     """float32 [tiles, P]."""
     length = tokens.shape[1]
-    size = _tile_tokens(length)
+    size = tile_tokens(length)
     hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
 
     def one_tile(item: tuple[Array, Array]) -> Array:
-        tile, _, _ = _make_tile(params, config, *item, temperature, vocab_size)
+        tile, _, _ = score_tile(params, config, *item, temperature, vocab_size)
         return samplers.expected_entries(name, tile, points)
 
     return jax.lax.map(

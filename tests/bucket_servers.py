@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @dataclass
-class Bucket:
+class Bucket(ABC):
     """A bucket and its server; everything here speaks to the server itself, past its front."""
 
     scheme: str
@@ -233,17 +234,21 @@ class Bucket:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.read()
 
+    @abstractmethod
     def keys(self, prefix: str) -> list[str]:
-        raise NotImplementedError
+        """All keys that begin so."""
 
+    @abstractmethod
     def path(self, key: str) -> str:
-        raise NotImplementedError
+        """A key's path in requests."""
 
+    @abstractmethod
     def read(self, key: str) -> bytes:
-        raise NotImplementedError
+        """An object's bytes."""
 
+    @abstractmethod
     def write(self, key: str, data: bytes) -> None:
-        raise NotImplementedError
+        """Put an object there."""
 
     def delete(self, key: str) -> None:
         self.call("DELETE", self.path(key))

@@ -278,6 +278,33 @@ def test_a_dump_that_is_continued_keeps_its_points(world, whole, tmp_path, monke
     assert found.sampler == manifest.sampler
 
 
+def test_a_pilot_that_was_cut_off_is_continued(world, whole, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    config = dump_config(world, store, name="piloted")
+    asked: list[int] = []
+    process = dump.CountPilot.process
+
+    def some(self, element):
+        asked.append(dump.PilotSpec.model_validate_json(element).index)
+        if len(asked) == 3:
+            raise ConfigError("cut off here")
+        yield from process(self, element)
+
+    monkeypatch.setattr(dump.CountPilot, "process", some)
+    with pytest.raises(ConfigError, match="cut off here"):
+        dump.dump(config, QUIET)
+    left = {int(path.stem) for path in (store / "pilot" / "piloted").glob("*.json")}
+    assert left
+    first, asked[:] = set(asked), [-1, -2, -3]
+    dump.dump(config, QUIET)
+    assert left.isdisjoint(asked[3:])
+    assert left | set(asked[3:]) > first
+    found = manifests.read_manifest(str(store), "piloted")
+    assert found.sampler == manifests.read_manifest(str(store), "default").sampler
+    assert not list((store / "pilot").rglob("*.json"))
+
+
 def test_points_follow_from_the_curve_of_expected_entries():
     points = np.array([1, 10, 100])
     entries = np.array([1.0, 5.0, 25.0])

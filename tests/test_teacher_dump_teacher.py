@@ -294,7 +294,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_rows_tiles_and_seeds_have_randomness_of_their_own(teacher: Gemma2Teacher) -> None:
     """Each tile is the same document: nothing but row, tile and seed tell the results apart."""
-    assert teachers._tile_tokens(LENGTH) == BLOCK
+    assert teachers.tile_tokens(LENGTH) == BLOCK
     document = np.random.default_rng(1).integers(4, VOCAB, BLOCK).astype(np.int32)
     tokens = np.tile(document, (ROWS, LENGTH // BLOCK))
     numbers = np.repeat(np.arange(1, LENGTH // BLOCK + 1), BLOCK)
@@ -332,7 +332,7 @@ def test_several_tiles_are_one_row(
     ("length", "size"), [(8192, 1024), (1024, 1024), (1000, 1000), (1537, 53), (2, 2), (1031, 1)]
 )
 def test_tiles_divide_a_row(length: int, size: int) -> None:
-    assert teachers._tile_tokens(length) == size
+    assert teachers.tile_tokens(length) == size
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
