@@ -32,7 +32,7 @@ from schemas.manifest import (
     TeacherInfo,
     identity,
 )
-from schemas.runs import DumpConfig
+from schemas.runs import DumpConfig, SamplerConfig
 from teacher_dump import vocabulary
 from teacher_dump.targets import compute_rows
 from teacher_dump.teacher import Gemma2Teacher
@@ -67,6 +67,32 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     if not computed:
         return f"targets '{config.name}' are complete: all {reused} shards reused"
     return f"targets '{config.name}': {computed} shards computed, {reused} reused"
+
+
+def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
+    """Compute the missing shards of a set of targets by what its manifest says; as `dump`.
+
+    Raises ManifestMismatchError if the teacher is not the manifest's.
+    """
+    manifest = manifests.read_manifest(store, name)
+    assert isinstance(manifest, TargetsManifest)
+    spec = manifest.sampler
+    sampler = SamplerConfig(
+        name=spec.name,
+        slots_per_token=spec.slots_per_token,
+        block_tokens=spec.block_tokens,
+        temperature=spec.temperature,
+    )
+    config = DumpConfig(
+        store=store,
+        teacher=teacher,
+        name=name,
+        sampler=sampler,
+        seed=manifest.seed,
+        batch_sequences=manifest.batch_sequences,
+        dtype=manifest.dtype,
+    )
+    return dump(config, console)
 
 
 def plan(

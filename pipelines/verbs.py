@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from rich.console import Console, RenderableType
 
 from logit_store import manifests, parquet, storage
 from logit_store.inspect import terminal
+from logit_store.ledger import Ledger
 from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
@@ -59,6 +60,17 @@ class RepairArguments(_StoreArguments):
     """Mend a damaged store; exit status 1 if anything is left: `retort repair STORE`."""
 
     apply: bool = Field(False, description="Mend; without it the store is only read.")
+    teacher: Path | None = Field(
+        None,
+        description="With --apply: the teacher of the targets, a Hugging Face folder, to compute "
+        "their missing shards again.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.teacher is not None and not self.apply:
+            raise ValueError("teacher is of use with apply alone; give --apply too")
+        return self
 
 
 class StatsArguments(_StoreArguments):
@@ -167,14 +179,29 @@ def repair(arguments: RepairArguments, console: Console) -> int:
     url, errors = arguments.store, Console(stderr=True)
     with progress.bar(errors, "verify", _total_shards(url), "shards") as advance:
         report, outcome = repair_store(url, arguments.apply, advance)
+    written = [] if arguments.teacher is None else _dump_missing(url, arguments.teacher, errors)
     after = None
-    if arguments.apply and not report.ok:
+    if arguments.apply and (written or not report.ok):
         # That a store is whole again is not promised but looked at.
         with progress.bar(errors, "verify again", _total_shards(url), "shards") as advance:
             after = verify_store(url, advance)
-    data = terminal.repair_data(url, report, outcome, after)
+    data = terminal.repair_data(url, report, outcome, after, written)
     _output(console, arguments, data, lambda: terminal.repair_view(data, report))
     return 0 if data["ok"] else EXIT_PROBLEMS
+
+
+def _dump_missing(url: str, teacher: Path, console: Console) -> list[str]:
+    """Compute what is missing of the store's targets; the names of the sets that were."""
+    tokens = manifests.read_manifest(url, None)
+    if Ledger(url, None, tokens).pending():
+        # Targets are of tokens; what is to be done about those is printed.
+        return []
+    found = []
+    for name in manifests.list_targets(url):
+        if Ledger(url, name, manifests.read_manifest(url, name)).pending():
+            console.print(dump_pipeline.dump_missing(url, name, teacher, console))
+            found.append(name)
+    return found
 
 
 def _total_shards(url: str) -> int | None:

@@ -1,6 +1,7 @@
 """Tokenize and dump through Beam: the same bytes on every runner, however often it is killed."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from gemma2 import checkpoint, model
 from logit_store import manifests, reader, writer
 from logit_store.ledger import Ledger
 from logit_store.verify import verify
-from pipelines import dump, runner, tokenize
+from pipelines import cli, dump, runner, tokenize
 from schemas.errors import ConfigError, IncompleteStoreError, ManifestMismatchError
 from schemas.model import ModelConfig
 from schemas.runs import CorpusConfig, DumpConfig, SamplerConfig, TokenizeConfig
@@ -303,6 +304,35 @@ def test_a_pilot_that_was_cut_off_is_continued(world, whole, tmp_path, monkeypat
     found = manifests.read_manifest(str(store), "piloted")
     assert found.sampler == manifests.read_manifest(str(store), "default").sampler
     assert not list((store / "pilot").rglob("*.json"))
+
+
+def test_repair_computes_lost_shards_again(world, whole, tmp_path, capsys):
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    for name in ("entry_bucket/c/1/0", "head_count/c/3/0"):
+        path = store / "targets/default" / name
+        path.write_bytes(path.read_bytes()[:-3])
+    repair = ["repair", str(store), "--teacher", str(world / "teacher")]
+    assert cli.main(repair) == 2
+    assert "teacher is of use with apply alone" in capsys.readouterr().err
+    assert cli.main([*repair, "--apply", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["written_again"], found["write_again"]) == (True, ["default"], [])
+    assert digest(store) == digest(whole)
+
+
+def test_repair_does_not_take_another_teacher(world, whole, tmp_path, capsys):
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    (store / "targets/default/entry_bucket/c/1/0").write_bytes(b"")
+    other = model.init_params(TEACHER, jax.random.key(1))
+    checkpoint.save(tmp_path / "other", TEACHER, other)
+    command = ["repair", str(store), "--apply", "--teacher", str(tmp_path / "other")]
+    assert cli.main(command) == 2
+    assert "weights_sha256 is" in capsys.readouterr().err
+    command[-1] = str(world / "teacher")
+    assert cli.main(command) == 0
+    assert digest(store) == digest(whole)
 
 
 def test_points_follow_from_the_curve_of_expected_entries():

@@ -65,8 +65,8 @@ def test_without_apply_it_is_only_said(capsys, store):
     assert "2 problems" in out
     assert f"shard 1: {TARGETS}entry_bucket/c/1/0: its bytes differ from their SHA-256" in out
     assert "would be mended\n  copies/tokens.json: written again from zarr.json\n" in out
-    command = f"retort dump --store {store} --name default …"
-    title = "would be given up, and then be written again by the config that made them"
+    command = f"retort repair {store} --apply --teacher …"
+    title = "would be given up, and then be written again"
     assert f"\n{title}\n  targets 'default', shard 1: {command}\n" in out
     assert out.endswith("nothing was changed; --apply does it\n")
     assert files(store) == before
@@ -109,7 +109,7 @@ def test_lost_shards_are_named_with_what_writes_them_again(capsys, store):
         {
             "targets": "default",
             "shards": [2],
-            "command": f"retort dump --store {store} --name default …",
+            "command": f"retort repair {store} --apply --teacher …",
         },
     ]
     assert (data["missing_shards"], data["remaining"], data["left"]) == (3, [], [])
@@ -126,7 +126,7 @@ def test_the_view_names_lost_shards(capsys, store):
         (store / f"tokens/c/{index}/0").write_bytes(b"")
     status, out, _ = run(capsys, "repair", store, "--apply")
     assert status == 1
-    assert "\nlost, to be written again by the config that made them\n" in out
+    assert "\nlost, to be written again\n" in out
     assert f"  tokens, shards 0-1: retort tokenize --store {store} …\n" in out
     assert "whole again" not in out
     assert "still damaged" not in out

@@ -298,23 +298,28 @@ def _problems(problems: list[Problem]) -> list[dict[str, Any]]:
 # repair
 
 
-def repair_data(url: str, report: Report, outcome: Outcome, after: Report | None) -> dict[str, Any]:
+def repair_data(
+    url: str, report: Report, outcome: Outcome, after: Report | None, written: list[str]
+) -> dict[str, Any]:
     """What was found and what was done or, without `after`, would be done about it.
 
     `after` is the verification that followed, where anything was mended. `ok` if the store is whole
-    at the end: nothing is wrong, and nothing was given up.
+    at the end: nothing is wrong, and nothing was given up that is not among the sets of targets
+    `written` again since.
     """
+    withdrawn = {name: s for name, s in outcome.withdrawn.items() if name not in written}
     final = report if after is None else after
     return {
         "store": url,
-        "ok": final.ok and not outcome.withdrawn,
+        "ok": final.ok and not withdrawn,
         "applied": after is not None,
         "missing_shards": final.missing_shards,
         "problems": _problems(report.problems),
         "mended": outcome.mended,
+        "written_again": written,
         "write_again": [
             {"targets": name, "shards": shards, "command": _command(url, name)}
-            for name, shards in outcome.withdrawn.items()
+            for name, shards in withdrawn.items()
         ],
         "left": outcome.left,
         "remaining": _problems(final.problems),
@@ -332,14 +337,13 @@ def repair_view(data: dict[str, Any], report: Report) -> RenderableType:
 
     section("mended" if applied else "would be mended", data["mended"])
     section(
-        "lost, to be written again by the config that made them"
-        if applied
-        else "would be given up, and then be written again by the config that made them",
+        "lost, to be written again" if applied else "would be given up, and then be written again",
         [
             f"{_what(item['targets'])}, {_shards(item['shards'])}: {item['command']}"
             for item in data["write_again"]
         ],
     )
+    section("written again", [_what(name) for name in data["written_again"]])
     section("left to you", data["left"])
     if applied:
         told = tuple(line.split(": ")[0] for line in data["left"])
@@ -356,10 +360,10 @@ def repair_view(data: dict[str, Any], report: Report) -> RenderableType:
 
 
 def _command(url: str, name: str | None) -> str:
-    """What writes the missing shards, all but the rest of the config that made them."""
+    """What writes the missing shards: tokens by their config, targets by manifest and teacher."""
     if name is None:
         return f"retort tokenize --store {shlex.quote(url)} …"
-    return f"retort dump --store {shlex.quote(url)} --name {shlex.quote(name)} …"
+    return f"retort repair {shlex.quote(url)} --apply --teacher …"
 
 
 def _what(name: str | None) -> str:
