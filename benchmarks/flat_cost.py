@@ -1,11 +1,12 @@
 """Opening, planning and reading a random batch at 10 and at 100,000 shards, in one run.
 
 `python -m benchmarks.flat_cost` writes one small shard of a store through the package's writer,
-gives every other shard of a larger store the same files (as hard links) and a record of its own,
-lets the driver's own compaction run, and times in turn: opening a set of targets, asking what is
-left to write, and reading a batch of rows at random, each with a reader that keeps nothing. Prints
-medians, requests of the storage driver, and their ratio. 100,000 shards are 800,000 links and
-folders: it wants a file system that has them, and takes some minutes.
+gives every other shard of a larger store the same files (as hard links, but for the two that
+hold its seal) and a record of its own, lets the driver's own compaction run, and times in turn:
+opening a set of targets, asking what is left to write, and reading a batch of rows at random, each
+with a reader that keeps nothing. Prints medians, requests of the storage driver, and their ratio.
+100,000 shards are 800,000 links, files and folders: it wants a file system that has them, and takes
+some minutes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from logit_store import codec, layout, writer
+from logit_store import codec, layout, seals, storage, writer
 from logit_store.codec import RowEntries
 from logit_store.ledger import Ledger, plan_shards, record_bytes, record_key
 from logit_store.reader import TargetsReader
@@ -85,17 +86,45 @@ def make_store(url: str, shards: int) -> None:
     )
     writer.TokensWriter(url).write(plan_shards(tokens)[0], row, segments)
     writer.TargetsWriter(url, "default").write(plan_shards(targets)[0], row, segments, stored)
-    for name, manifest in ((None, tokens), ("default", targets)):
-        _repeat(url, name, manifest)
+    row_seals = np.arange(tokens.num_sequences)
+    for name, manifest, values in (
+        (None, tokens, {"tokens": row, "segment_ids": segments}),
+        ("default", targets, stored.columns()),
+    ):
+        row_seals = _repeat(url, name, manifest, values, row_seals)
 
 
-def _repeat(url: str, name: str | None, manifest: Manifest) -> None:
-    """Give every shard the first one's files, and a record of its own; then compact."""
+def _repeat(
+    url: str,
+    name: str | None,
+    manifest: Manifest,
+    values: dict[str, np.ndarray],
+    start: np.ndarray,
+) -> np.ndarray:
+    """Give every shard the first one's files, but for seals, and a record; then compact.
+
+    The rows' seals are of `start`, uint64 [R], and are returned, uint32 [R].
+    """
+    every = {n: np.broadcast_to(v, (len(start), *v.shape[1:])) for n, v in values.items()}
+    row_seals = np.concatenate(
+        [
+            seals.seal(start[some], {n: v[some] for n, v in every.items()})
+            for some in np.array_split(np.arange(len(start)), -(-len(start) // 1024))
+        ]
+    )
     ledger = Ledger(url, name, manifest)
     first = ledger.record(0)
     assert first is not None
     folder = Path(url) / layout.group_path(name)
     for spec in layout.row_arrays(manifest).values():
+        if spec.name in seals.CARRIERS:
+            array = storage.open_array(url, layout.group_path(name), spec)
+            for some in np.array_split(np.arange(len(start)), -(-len(start) // 1024)):
+                part = {spec.name: every[spec.name][some]}
+                array[some[0] : some[-1] + 1].write(
+                    seals.attach(part, row_seals[some])[spec.name]
+                ).result()
+            continue
         source = folder / spec.shard_key(0)
         for index in range(1, manifest.num_shards):
             link = folder / spec.shard_key(index)
@@ -114,6 +143,7 @@ def _repeat(url: str, name: str | None, manifest: Manifest) -> None:
         path = folder / layout.LEDGER / record_key(shard.index)
         path.write_bytes(record_bytes(record))
     ledger.compact()
+    return row_seals
 
 
 def requests() -> int:

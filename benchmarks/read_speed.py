@@ -32,7 +32,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numcodecs import Blosc
 
-from logit_store import codec, layout
+from logit_store import codec, layout, seals
 from logit_store.reader import TargetsReader
 from logit_store.rows import TargetRows, decode_entries
 from logit_store.statistics import summary
@@ -56,6 +56,7 @@ class Mapped:
         self._blosc = Blosc("zstd")
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """As stored, tokens first."""
         found = {}
         for spec, maps in self._parts:
             out = np.empty((len(rows), *spec.shape[1:]), spec.dtype)
@@ -69,12 +70,23 @@ class Mapped:
         return found
 
 
-def finish(reader: TargetsReader, columns: dict[str, np.ndarray]) -> Batch:
-    """The trainer's arrays of decompressed columns, tokens among them."""
-    segments = columns["segment_ids"]
-    stored = {f: columns[f] for f in TargetRows.__dataclass_fields__}
-    entries = decode_entries(reader.manifest, reader.vocabulary, segments, TargetRows(**stored))
-    nats = columns["teacher_nats"]
+def finish(reader: TargetsReader, columns: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
+    """The trainer's arrays of stored columns, tokens among them, if they are these rows."""
+    tokens, sealed = seals.detach({f: columns[f] for f in ("tokens", "segment_ids")})
+    fields = TargetRows.__dataclass_fields__
+    targets, targets_sealed = seals.detach({f: columns[f] for f in fields})
+    if (seals.seal(rows, tokens) != sealed).any():
+        raise SystemExit("These are other tokens.")
+    if (seals.seal(sealed, targets) != targets_sealed).any():
+        raise SystemExit("These are other targets.")
+    return decode(reader, tokens | targets)
+
+
+def decode(reader: TargetsReader, columns: dict[str, np.ndarray]) -> Batch:
+    """The trainer's arrays of columns without seals."""
+    segments, nats = columns["segment_ids"], columns["teacher_nats"]
+    targets = TargetRows(**{f: columns[f] for f in TargetRows.__dataclass_fields__})
+    entries = decode_entries(reader.manifest, reader.vocabulary, segments, targets)
     return Batch(
         columns["tokens"],
         segments.astype(np.int32),
@@ -117,7 +129,9 @@ def main() -> None:
     mapped = Mapped(arguments.store, arguments.targets, manifest, tokens)
     group = zarr.open_group(arguments.store, mode="r")
     zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})
-    columns = mapped.columns(np.arange(arguments.rows))
+    stored = mapped.columns(np.arange(arguments.rows))
+    columns = stored | seals.detach({"segment_ids": stored["segment_ids"]})[0]
+    columns |= seals.detach({"block_points": stored["block_points"]})[0]
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     where = NamedSharding(mesh, PartitionSpec("x"))
 
@@ -162,15 +176,15 @@ def main() -> None:
             found = {n: group[n].oindex[rows] for n in layout.row_arrays(tokens)}
             for n in layout.row_arrays(manifest):
                 found[n] = group[f"targets/{arguments.targets}/{n}"].oindex[rows]
-            return finish(reader, found)
+            return finish(reader, found, rows)
 
         ways: dict[str, tuple[Callable[[np.ndarray], object], float | None]] = {
-            "decode": (lambda rows: finish(reader, columns), None),
+            "decode": (lambda rows: decode(reader, columns), None),
             "whole path": (source.read, None),
             "whole path, on the device": (
                 lambda rows: jax.block_until_ready(place(rows, source.read, where)), None,
             ),
-            "stored bytes, mapped": (lambda rows: finish(reader, mapped.columns(rows)), None),
+            "stored bytes, mapped": (lambda rows: finish(reader, mapped.columns(rows), rows), None),
             "arrays, mapped": (arrays_mapped, sum(v.nbytes for v in every) / total / length),
             "Parquet": (from_parquet, sizes[".parquet"]),
             "ArrayRecord": (from_records, sizes[".arrayrecord"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from logit_store import codec
+from logit_store import codec, seals
 from schemas.manifest import Manifest, TargetsManifest, TokensManifest
 
 GROUP_KEY = "zarr.json"
@@ -36,6 +36,13 @@ class ArraySpec:
     shape: tuple[int, ...]
     shard_sequences: int | None
     shuffle: bool
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of what a row holds, apart from a seal."""
+        if self.name in seals.CARRIERS:
+            return (self.shape[1] - seals.WIDTH,)
+        return self.shape[1:]
 
     def metadata(self) -> dict[str, Any]:
         """The Zarr v3 metadata, complete: what `zarr.json` holds."""
@@ -80,12 +87,16 @@ class ArraySpec:
 
 
 def row_arrays(manifest: Manifest) -> dict[str, ArraySpec]:
-    """The arrays of a group whose rows are the store's sequences, by name."""
+    """The arrays of a group whose rows are the store's sequences, by name, as seals take them."""
     length = manifest.sequence_tokens
     if isinstance(manifest, TokensManifest):
         # Token ids repeat as whole numbers; taken apart into bytes they compress less well.
         return _rows(
-            manifest, [("tokens", "int32", length, False), ("segment_ids", "uint16", length, True)]
+            manifest,
+            [
+                ("tokens", "int32", length, False),
+                ("segment_ids", "uint16", length + seals.WIDTH, True),
+            ],
         )
     slots = manifest.slots_per_sequence
     return _rows(
@@ -95,7 +106,7 @@ def row_arrays(manifest: Manifest) -> dict[str, ArraySpec]:
             ("head_points", codec.points_dtype(manifest.sampler.points), slots, True),
             ("entry_bucket", "uint16", slots, True),
             ("entry_offset", "uint8", codec.offset_bytes(slots), False),
-            ("block_points", "uint16", manifest.blocks_per_sequence, True),
+            ("block_points", "uint16", manifest.blocks_per_sequence + seals.WIDTH, True),
             ("teacher_nats", "uint8", (2, length), False),
         ],
     )

@@ -6,12 +6,12 @@ is that of the rows asked for, twice (as stored and decoded), and a few megabyte
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
-from logit_store import codec, layout, manifests, remote, storage
+from logit_store import codec, layout, manifests, remote, seals, storage
 from logit_store.codec import Vocabulary
 from logit_store.ledger import Ledger
 from logit_store.manifests import list_targets
@@ -52,6 +52,13 @@ class TargetBatch:
     label_logprob: np.ndarray
 
 
+class Sealed(NamedTuple):
+    """Every array's values for R rows, without their seals, and these, uint32 [R]."""
+
+    columns: dict[str, np.ndarray]
+    seals: np.ndarray
+
+
 class _Rows:
     """Committed rows of one group's arrays."""
 
@@ -67,16 +74,13 @@ class _Rows:
         """Look again at which shards are committed: bool [num_shards]."""
         self.committed: np.ndarray = self.ledger.committed()
 
-    def columns(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Every array's stored values for `rows`, in their order.
+    def request(self, rows: Sequence[int] | np.ndarray) -> Callable[[np.ndarray], Sealed]:
+        """Ask for rows of all arrays at once; what is returned waits for them.
 
-        Raises IndexError for what is no row, IncompleteStoreError for rows not committed and
-        CorruptStoreError for bytes that are damaged or missing.
+        It takes what the rows' seals start from, uint64 [R], and gives their values in the order
+        asked for. Raises IndexError for what is no row and IncompleteStoreError for rows not
+        committed; CorruptStoreError for bytes that are damaged, missing or another row's.
         """
-        return self.request(rows)()
-
-    def request(self, rows: Sequence[int] | np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
-        """Ask for rows of all arrays at once; what is returned waits for them, as `columns`."""
         index = self._index(rows)
         if not self._arrays:
             group = layout.group_path(self._name)
@@ -92,7 +96,7 @@ class _Rows:
         with ts.Batch() as batch:
             reads = {name: a[wanted].read(batch=batch) for name, a in self._arrays.items()}
 
-        def wait() -> dict[str, np.ndarray]:
+        def wait(start: np.ndarray) -> Sealed:
             found = {}
             for name, read in reads.items():
                 try:
@@ -101,9 +105,24 @@ class _Rows:
                     remote.raise_if_unanswered(self.url, error)
                     raise self._damage(name, distinct, error) from error
                 found[name] = values[place] if repeats else values
-            return found
+            columns, sealed = seals.detach(found)
+            strange = seals.seal(start, columns) != sealed
+            if strange.any():
+                raise self._strange(index[strange])
+            return Sealed(columns, sealed)
 
         return wait
+
+    def _strange(self, index: np.ndarray) -> CorruptStoreError:
+        """The error for rows that are whole and not these rows."""
+        shards = index // self._manifest.shard_sequences
+        arrays = " or ".join(layout.group_path(self._name) + name for name in self._arrays)
+        cause = "" if self._name is None else ", or is of other tokens"
+        return CorruptStoreError(
+            f"Rows must be those that were written in their place, but rows {_few(index)} of "
+            f"{self.url} are not: in shards {_few(shards)} a file of {arrays} is another's{cause}; "
+            f"run `retort verify {self.url}`."
+        )
 
     def _index(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """int64 [R], all of them committed rows."""
@@ -163,7 +182,7 @@ class TokensReader(_Rows):
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> TokenRows:
         """Tokens and segment ids of the given rows, in their order."""
-        found = self.columns(rows)
+        found = self.request(rows)(np.asarray(rows)).columns
         return TokenRows(found["tokens"], found["segment_ids"].astype(np.int32))
 
 
@@ -186,10 +205,6 @@ class TargetsReader(_Rows):
         assert isinstance(self._manifest, TargetsManifest)
         return self._manifest
 
-    def stored(self, rows: Sequence[int] | np.ndarray) -> TargetRows:
-        """The columns as they are stored, undecoded."""
-        return TargetRows(**self.columns(rows))
-
     def positions(self, batch: TargetBatch) -> np.ndarray:
         """int32 [R, E]: the position of each entry, and of an unused slot its block's last."""
         sampler = self.manifest.sampler
@@ -198,10 +213,11 @@ class TargetsReader(_Rows):
         )
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> TargetBatch:
-        """Decoded targets of the given rows, in their order. Raises as `columns` does."""
+        """Decoded targets of the given rows, in their order. Raises as `request` does."""
         # Both are on their way before either is waited for.
         tokens_read, read = self.tokens.request(rows), self.request(rows)
-        tokens, stored = tokens_read(), TargetRows(**read())
+        tokens, tokens_seals = tokens_read(np.asarray(rows))
+        stored = TargetRows(**read(tokens_seals).columns)
         segment_ids = tokens["segment_ids"]
         try:
             entries = decode_entries(self.manifest, self.vocabulary, segment_ids, stored)

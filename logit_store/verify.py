@@ -429,19 +429,19 @@ class Contents:
         digest = hashlib.sha256()
         statistics = ShardStatistics(tokens=0)
         for rows in _pieces(first_row, stop_row):
-            columns = self._tokens.columns(rows)
-            digest.update(np.ascontiguousarray(columns["tokens"], "<i4").tobytes())
-            statistics = statistics.plus(self._sums(columns, rows))
+            tokens = self._tokens.request(rows)(rows)
+            digest.update(np.ascontiguousarray(tokens.columns["tokens"], "<i4").tobytes())
+            statistics = statistics.plus(self._sums(tokens, rows))
         return digest.hexdigest(), statistics
 
-    def _sums(self, tokens: dict[str, np.ndarray], rows: np.ndarray) -> ShardStatistics:
-        first, segments = int(rows[0]), tokens["segment_ids"]
+    def _sums(self, tokens: reader.Sealed, rows: np.ndarray) -> ShardStatistics:
+        first, segments = int(rows[0]), tokens.columns["segment_ids"]
         if isinstance(self._manifest, TokensManifest):
-            check_tokens(self._manifest, tokens["tokens"], segments, first)
+            check_tokens(self._manifest, tokens.columns["tokens"], segments, first)
             return tokens_statistics(segments)
         assert self._targets is not None
         assert self._vocabulary is not None
-        targets = TargetRows(**self._targets.columns(rows))
+        targets = TargetRows(**self._targets.request(rows)(tokens.seals).columns)
         return check_targets(self._manifest, self._vocabulary, segments, targets, first)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from logit_store import layout, manifests, remote, storage
+from logit_store import layout, manifests, remote, seals, storage
 from logit_store.codec import Vocabulary
 from logit_store.ledger import Ledger, plan_shards
 from logit_store.reader import TokensReader, read_vocabulary
@@ -199,7 +199,7 @@ class _ShardWriter:
     def _check_shapes(self, spec: ShardSpec, columns: dict[str, np.ndarray]) -> None:
         for name, values in columns.items():
             array = layout.row_arrays(self._manifest)[name]
-            expected = (spec.stop_row - spec.first_row, *array.shape[1:])
+            expected = (spec.stop_row - spec.first_row, *array.row_shape)
             if values.shape != expected or values.dtype != array.dtype:
                 raise ValueError(
                     f"{name} must be {array.dtype} {expected}, but it is {values.dtype} "
@@ -210,19 +210,21 @@ class _ShardWriter:
         self,
         spec: ShardSpec,
         columns: dict[str, np.ndarray],
+        row_seals: np.ndarray,
         tokens_sha256: str,
         statistics: ShardStatistics,
     ) -> LedgerRecord:
         group = layout.group_path(self._name)
         specs = layout.row_arrays(self._manifest)
         rows = slice(spec.first_row, spec.stop_row)
+        stored = seals.attach(columns, row_seals)
         with remote.explained(self._url):
             writes = {
                 name: storage.open_array(self._url, group, specs[name])[rows].write(values)
-                for name, values in columns.items()
+                for name, values in stored.items()
             }
             for name, write in writes.items():
-                self._finish(group, specs[name], rows, columns[name], write)
+                self._finish(group, specs[name], rows, stored[name], write)
         record = LedgerRecord(
             spec=spec,
             tokens_sha256=tokens_sha256,
@@ -280,7 +282,9 @@ class TokensWriter(_ShardWriter):
         columns = {"tokens": tokens, "segment_ids": segment_ids}
         self._check_shapes(spec, columns)
         check_tokens(self.manifest, tokens, segment_ids, spec.first_row)
-        return self._write(spec, columns, tokens_digest(tokens), tokens_statistics(segment_ids))
+        sealed = seals.seal(np.arange(spec.first_row, spec.stop_row), columns)
+        statistics = tokens_statistics(segment_ids)
+        return self._write(spec, columns, sealed, tokens_digest(tokens), statistics)
 
 
 class TargetsWriter(_ShardWriter):
@@ -313,15 +317,17 @@ class TargetsWriter(_ShardWriter):
             return existing
         columns = targets.columns()
         self._check_shapes(spec, columns)
-        self._check_alignment(spec, tokens, segment_ids)
+        tokens_sealed = self._check_alignment(spec, tokens, segment_ids)
         statistics = check_targets(
             self.manifest, self.vocabulary, segment_ids, targets, spec.first_row
         )
-        return self._write(spec, columns, tokens_digest(tokens), statistics)
+        sealed = seals.seal(tokens_sealed, columns)
+        return self._write(spec, columns, sealed, tokens_digest(tokens), statistics)
 
     def _check_alignment(
         self, spec: ShardSpec, tokens: np.ndarray, segment_ids: np.ndarray
-    ) -> None:
+    ) -> np.ndarray:
+        """The seals of the rows' tokens, uint32 [R]; raises AlignmentError if they are others."""
         rows = np.arange(spec.first_row, spec.stop_row)
         stored = TokensReader(self._url).rows(rows)
         for name, given, there in (
@@ -334,6 +340,7 @@ class TargetsWriter(_ShardWriter):
                     f"rows {spec.first_row} to {spec.stop_row - 1} are not those of {self._url}; "
                     "read them from the store."
                 )
+        return seals.seal(rows, {"tokens": tokens, "segment_ids": segment_ids})
 
 
 def tokens_digest(tokens: np.ndarray) -> str:

@@ -79,6 +79,7 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
     spec = manifest.sampler
     sampler = SamplerConfig(
         name=spec.name,
+        points=spec.points if SamplerConfig(name=spec.name).has_points else None,
         slots_per_token=spec.slots_per_token,
         block_tokens=spec.block_tokens,
         temperature=spec.temperature,
@@ -121,7 +122,9 @@ def plan(
     if config.sampler.has_points and config.sampler.points is None and points is None:
         points = _pilot_points(config, tokens, teacher, console, options)
     length, vocab_size = tokens.manifest.sequence_tokens, teacher.vocab_size
-    sampler = config.sampler.spec(points, length, vocab_size)
+    sampler = config.sampler.spec(points, length, vocab_size).model_copy(
+        update={"entries_per_token": _entries_asked(config.sampler, existing)}
+    )
     tables = _tables(config, tokens, existing, sampler.slots_per_token)
     manifest = TargetsManifest.parse(
         {
@@ -148,6 +151,19 @@ def _existing(config: DumpConfig) -> TargetsManifest | None:
     found = manifests.read_manifest(config.store, config.name)
     assert isinstance(found, TargetsManifest)
     return found
+
+
+def _entries_asked(config: SamplerConfig, existing: TargetsManifest | None) -> int | None:
+    """What the number of points follows from, so that another wish is not taken for the same.
+
+    Where the number itself is given, now or when the set was made, it decides.
+    """
+    if not config.has_points:
+        return None
+    if existing is None:
+        return None if config.points else config.entries_per_token
+    kept = existing.sampler.entries_per_token
+    return kept if config.points or kept is None else config.entries_per_token
 
 
 def _tables(

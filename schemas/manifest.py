@@ -35,6 +35,11 @@ class SamplerSpec(Document):
         le=MOST_POINTS,
         description="Points per token: a weight is a whole number of them, over their number.",
     )
+    entries_per_token: int | None = Field(
+        None,
+        ge=1,
+        description="What `points` was chosen to give on average; null if points were given.",
+    )
     slots_per_token: int = Field(
         ge=1, description="A block has this many entry slots for each of its tokens."
     )

@@ -307,10 +307,25 @@ def test_tokens_exchanged_with_their_record_are_found_by_the_targets(store, tmp_
     tokens[0, 0] += 1
     monkeypatch.setattr(small_store, "token_rows", lambda: (tokens, segments))
     small_store.write_tokens(str(tmp_path / "other"))
-    for name in ("tokens/c/0/0", "ledger/segment-000000.jsonl", "ledger/summary.json"):
+    for name in (
+        "tokens/c/0/0",
+        "segment_ids/c/0/0",
+        "ledger/segment-000000.jsonl",
+        "ledger/summary.json",
+    ):
         (store / name).write_bytes((tmp_path / "other" / name).read_bytes())
     (problem,) = verify(str(store)).problems
     assert (problem.kind, problem.targets, problem.shard) == ("data", "default", 0)
+    assert "a file of targets/default/head_count" in problem.what
+    assert "is another's, or is of other tokens" in problem.what
+
+
+def test_a_record_of_other_tokens_is_found(store):
+    whole = records(store)
+    whole[1] = whole[1].model_copy(update={"tokens_sha256": whole[0].tokens_sha256}).sealed()
+    write_segment(store, whole)
+    (problem,) = verify(str(store)).problems
+    assert (problem.kind, problem.targets, problem.shard) == ("data", "default", 1)
     assert "not those that the shard was computed from" in problem.what
 
 

@@ -276,7 +276,15 @@ def test_a_dump_that_is_continued_keeps_its_points(world, whole, tmp_path, monke
     given = dump_config(world, store, name="given", sampler=sampler)
     dump.dump(given, QUIET)
     found = manifests.read_manifest(str(store), "given")
-    assert found.sampler == manifest.sampler
+    assert manifest.sampler.entries_per_token == 4
+    assert found.sampler == manifest.sampler.model_copy(update={"entries_per_token": None})
+    more = SamplerConfig(entries_per_token=5, slots_per_token=6, block_tokens=32)
+    with pytest.raises(ManifestMismatchError, match="entries_per_token is 4 there and 5 here"):
+        dump.dump(dump_config(world, store, sampler=more), QUIET)
+    # The points were given, so that they are kept whatever the default is.
+    assert "all 3 shards reused" in dump.dump(
+        dump_config(world, store, name="given", sampler=more), QUIET
+    )
 
 
 def test_a_pilot_that_was_cut_off_is_continued(world, whole, tmp_path, monkeypatch):
