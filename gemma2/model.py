@@ -7,22 +7,42 @@ no scale is folded into a weight.
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax import checkpoint_policies as policies
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from gemma2 import attention as attention_kernels
 from gemma2.placement import Placement
 from schemas.errors import ConfigError
-from schemas.model import ModelConfig
+from schemas.model import ModelConfig, Remat
 
 Params = dict[str, Any]
-Remat = Literal["none", "full"]
+
+
+def _all_but_weights(primitive: Any, *_: Any, **options: Any) -> bool:
+    """Whatever is not a weight on its way: cast, gathered, or named as one."""
+    is_weight = options.get("name") == "weight"
+    return primitive.name not in ("convert_element_type", "sharding_constraint") and not is_weight
+
+
+# What of a layer pair is kept for the backward; the rest is computed again. Gathered weights never
+# are kept: each device would come to hold all of them.
+_POLICIES: dict[Remat, Any] = {
+    "none": _all_but_weights,
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names("attention"),
+    ),
+    "attention": policies.save_only_these_names("attention"),
+    "full": policies.nothing_saveable,
+}
 
 
 class Execution(NamedTuple):
@@ -66,6 +86,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, execution: Execution) -> Array:
         kernel = execution.placement.weight(self.name, self.kernel[...], x.dtype)
+        kernel = checkpoint_name(kernel, "weight")
         # As one matrix: XLA on CPU is three times slower at the gradient of a batched product.
         rows = x.reshape(-1, x.shape[-1]) @ kernel
         return rows.reshape(*x.shape[:-1], -1)
@@ -103,6 +124,7 @@ class Attention(nnx.Module):
             self.value(x, execution).reshape(heads),
             segment_ids,
         )
+        out = checkpoint_name(out, "attention")
         return self.output(out.reshape(*x.shape[:2], -1), execution)
 
 
@@ -174,10 +196,8 @@ class Gemma2(nnx.Module):
         execution: Execution,
     ) -> Array:
         """Final normalised hidden states [B, T, D] in `dtype`. Raises ConfigError."""
-        if remat not in get_args(Remat):
-            raise ConfigError(
-                f"remat must be one of {', '.join(get_args(Remat))}, but it is '{remat}'."
-            )
+        if remat not in _POLICIES:
+            raise ConfigError(f"remat must be one of {', '.join(_POLICIES)}, but it is '{remat}'.")
         x = execution.placement.embed(self.embedding[...], tokens, dtype)
         x = x * jnp.asarray(self.config.d_model**0.5, dtype)
         definition, stacked = nnx.split(self.pairs)
@@ -185,8 +205,7 @@ class Gemma2(nnx.Module):
         def body(x: Array, pair: Any) -> tuple[Array, None]:
             return nnx.merge(definition, pair)(x, segment_ids, execution), None
 
-        if remat == "full":
-            body = jax.checkpoint(body)
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
         pairs = self.config.num_layers // 2
         x, _ = jax.lax.scan(body, x, stacked, unroll=pairs <= _UNROLLED_PAIRS)
         return self.final_norm(x)
