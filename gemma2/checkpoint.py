@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gemma2.model import Params, init_params
+from gemma2.placement import ALONE, Placement
 from schemas.errors import CheckpointError
 from schemas.model import ModelConfig
 
@@ -72,8 +73,12 @@ _FIXED_CONFIG = {
 }
 
 
-def load(folder: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig, Params]:
+def load(
+    folder: str | Path, dtype: DTypeLike | None = None, placement: Placement = ALONE
+) -> tuple[ModelConfig, Params]:
     """The configuration and parameters of a checkpoint, in `dtype` (default: as stored).
+
+    Each array goes where the placement says as soon as it is read: no device ever holds them all.
 
     Raises CheckpointError naming what is missing, unexpected or of another shape.
     """
@@ -105,7 +110,8 @@ def load(folder: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfi
             _read(files[name], name, part_shape, transposed) for name, transposed in expected[key]
         ]
         value = np.stack(parts) if stacked else parts[0]
-        leaves.append(jnp.asarray(value if dtype is None else value.astype(jnp.dtype(dtype))))
+        value = value if dtype is None else value.astype(jnp.dtype(dtype))
+        leaves.append(placement.parameter(path, value))
     return config, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

@@ -15,11 +15,10 @@ from flax import nnx
 from jax import Array
 from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from gemma2 import attention as attention_kernels
-from gemma2.placement import Placement
+from gemma2.placement import ALONE, Placement
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig, Remat
 
@@ -50,7 +49,7 @@ class Execution(NamedTuple):
 
     attention: str = "auto"
     """The kernel's name."""
-    placement: Placement = Placement()
+    placement: Placement = ALONE
 
 
 # So few are not worth a loop, in which XLA on CPU does less in parallel.
@@ -238,11 +237,11 @@ def hidden_states(
     dtype: DTypeLike,
     remat: Remat = "none",
     attention: str = "auto",
-    mesh: Mesh | None = None,
+    placement: Placement = ALONE,
 ) -> Array:
     """Final normalised hidden states [B, T, D] in `dtype`, of tokens and segment ids [B, T].
 
-    Over a mesh, rows and parameters lie as `gemma2.placement` says.
+    Over a mesh, rows and parameters lie as the placement says.
 
     Attention is causal and never crosses segment ids; segment 0 is padding, whose states are
     finite and mean nothing. Raises ConfigError for an unknown remat policy or attention kernel.
@@ -252,7 +251,7 @@ def hidden_states(
         segment_ids,
         dtype=dtype,
         remat=remat,
-        execution=Execution(attention, Placement(mesh)),
+        execution=Execution(attention, placement),
     )
 
 

@@ -108,6 +108,8 @@ class Placement:
     """A mesh to compute on, or None for one device; hashable, so that it may key a compilation."""
 
     mesh: Mesh | None = None
+    is_table_whole: bool = False
+    """Every device holds all of the embedding."""
 
     def rows(self, x: Array) -> Array:
         """x [B, ...] with its rows over the devices, and all else whole."""
@@ -144,7 +146,7 @@ class Placement:
     def embed(self, table: Array, tokens: Array, dtype: DTypeLike) -> Array:
         """The table's rows [B, T, D] of tokens [B, T], in `dtype`; gradients add up in float32."""
         look_up = _Embedding(jnp.dtype(dtype))
-        if self.mesh is None:
+        if self.mesh is None or self.is_table_whole:
             return _embed(look_up, table, tokens)
         where = partition(("embedding",), table.shape, self.mesh)
         look_up = _Embedding(
@@ -158,10 +160,37 @@ class Placement:
             partial(_embed, look_up), mesh=self.mesh, in_specs=(where, rows), out_specs=rows
         )(table, tokens)
 
+    def spread(self, run: Callable[[Any, Any], Any], shared: Any, items: Any) -> Any:
+        """run(shared, items) for items [N, ...], which the devices of `model` share out.
+
+        `run` gives arrays [N, ...], each of one item alone. N need not divide.
+        """
+        if self.mesh is None:
+            return run(shared, items)
+        parts = self.mesh.shape["model"]
+        count = len(jax.tree.leaves(items)[0])
+        filled = jax.tree.map(lambda x: x[jnp.arange(-(-count // parts) * parts) % count], items)
+        found = jax.shard_map(
+            run, mesh=self.mesh, in_specs=(P(), P("model")), out_specs=P("model"), check_vma=False
+        )(shared, filled)
+        return jax.tree.map(lambda x: x[:count], found)
+
+    def parameter(self, path: tuple[Any, ...], value: np.ndarray) -> Array:
+        """A parameter where it belongs; `path` as in JAX's trees."""
+        if self.mesh is None:
+            return jnp.asarray(value)
+        is_whole = self.is_table_whole and path[0] == jax.tree_util.DictKey("embedding")
+        where = P() if is_whole else partition(path, value.shape, self.mesh)
+        return jax.device_put(value, NamedSharding(self.mesh, where))
+
     def _put(self, x: Array, where: P) -> Array:
         if self.mesh is None:
             return x
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, where))
+
+
+ALONE = Placement()
+"""One device."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

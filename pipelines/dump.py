@@ -344,7 +344,10 @@ def _load_teacher(config: DumpConfig, expected: TeacherInfo) -> Gemma2Teacher:
     with _teachers_lock:
         if key not in _teachers:
             teacher = Gemma2Teacher(
-                config.teacher, dtype=config.dtype, vocab_size=expected.vocab_size
+                config.teacher,
+                dtype=config.dtype,
+                vocab_size=expected.vocab_size,
+                devices=config.model_devices,
             )
             if teacher.info.weights_sha256 != expected.weights_sha256:
                 raise ManifestMismatchError(

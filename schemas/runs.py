@@ -124,6 +124,12 @@ class DumpConfig(Document):
     seed: int = Field(0, ge=0, lt=2**64)
     batch_sequences: int = Field(1, ge=1, description="Fixed batch shape of the teacher.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Teacher's arithmetic.")
+    model_devices: int = Field(
+        1,
+        ge=1,
+        description="Devices of a worker that share the teacher's layers; the same for all "
+        "workers, as sums differ in their last bits.",
+    )
 
 
 class OptimizerConfig(Document):

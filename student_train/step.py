@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma2 import model as gemma2
-from gemma2.placement import ROW_AXES, axes_of, fsdp_dimension, partition
+from gemma2.placement import ROW_AXES, Placement, axes_of, fsdp_dimension, partition
 from schemas.manifest import TargetsManifest
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
@@ -170,7 +170,7 @@ def make_objective(
             jnp.asarray(batch.segment_ids),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            mesh=mesh,
+            placement=Placement(mesh),
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         weight = predicted(jnp.asarray(batch.segment_ids)).astype(jnp.float32)
@@ -249,7 +249,7 @@ def make_eval_step(
     def eval_step(params: Any, piece_bytes: jax.Array, batch: Batch) -> RowScores:
         tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
         hidden = gemma2.hidden_states(
-            params, model, tokens, segment_ids, dtype=jnp.dtype(dtype), mesh=mesh
+            params, model, tokens, segment_ids, dtype=jnp.dtype(dtype), placement=Placement(mesh)
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         labels, mask = next_tokens(tokens), predicted(segment_ids)

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType
 
 from gemma2 import checkpoint
 from gemma2.model import Params, embedding, hidden_states, logits
+from gemma2.placement import ALONE, AXES, Placement, check_model
 from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
 from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
@@ -63,15 +65,22 @@ class Teacher(Protocol):
 
 
 class Gemma2Teacher:
-    """A Gemma 2 checkpoint in Hugging Face's form, on this process's default device."""
+    """A Gemma 2 checkpoint in Hugging Face's form, on one device of this process or on several.
 
-    def __init__(self, folder: str | Path, dtype: str, vocab_size: int):
+    Several share the layers (tensor parallelism): each has its heads and its part of the MLP's
+    width. Each has the whole embedding, and samples its own tiles, so that nothing of the
+    vocabulary's size ever moves.
+    """
+
+    def __init__(self, folder: str | Path, dtype: str, vocab_size: int, devices: int = 1):
         """Load the weights in `dtype`; ids from `vocab_size` up are never given probability.
 
-        Raises ConfigError if the checkpoint has fewer ids than the tokenizer.
+        Raises ConfigError if the checkpoint has fewer ids than the tokenizer, or cannot be shared
+        by so many devices.
         """
         config_sha256, weights_sha256 = checkpoint.fingerprint(folder)
-        self._config, params = checkpoint.load(folder, dtype=jnp.dtype(dtype))
+        self._placement = share(checkpoint.load_config(folder), devices)
+        self._config, params = checkpoint.load(folder, jnp.dtype(dtype), self._placement)
         if self._config.vocab_size < vocab_size:
             raise ConfigError(
                 f"A teacher must know every id of the store's tokenizer, but {folder} has "
@@ -116,6 +125,7 @@ class Gemma2Teacher:
             dtype=self._dtype,
             spec=spec,
             vocab_size=self.info.vocab_size,
+            placement=self._placement,
         )
         position, column, points = (np.asarray(x) for x in found)
         return RowCandidates(
@@ -140,6 +150,7 @@ class Gemma2Teacher:
             name=name,
             temperature=temperature,
             vocab_size=self.info.vocab_size,
+            placement=self._placement,
         )
         return np.asarray(found, np.float64).sum(axis=0)
 
@@ -150,6 +161,25 @@ class Gemma2Teacher:
             jnp.asarray(segment_ids, jnp.int32),
             jnp.asarray(predicted_mask(np.asarray(segment_ids))),
         )
+
+
+def share(config: ModelConfig, devices: int) -> Placement:
+    """Where a teacher lies that so many of this process's devices share. Raises ConfigError."""
+    if devices == 1:
+        return ALONE
+    if devices > jax.local_device_count():
+        raise ConfigError(
+            f"model_devices must be devices of the worker, but it is {devices} and the worker has "
+            f"{jax.local_device_count()}; use fewer or other workers."
+        )
+    mesh = jax.make_mesh(
+        (1, 1, devices),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=jax.local_devices()[:devices],
+    )
+    check_model(config, mesh)
+    return Placement(mesh, is_table_whole=True)
 
 
 def _padded(index: np.ndarray) -> np.ndarray:
@@ -190,7 +220,7 @@ def score_tile(
     return tile, entropy, scores
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size"))
+@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size", "placement"))
 def _candidates(
     params: Params,
     tokens: Array,
@@ -203,9 +233,12 @@ def _candidates(
     dtype: jnp.dtype,
     spec: SamplerSpec,
     vocab_size: int,
+    placement: Placement,
 ) -> tuple[Candidates, Array, Array]:
-    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
-    return sample_rows(params, config, hidden, tokens, predicted, rows, key, spec, vocab_size)
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, placement=placement)
+    return sample_rows(
+        params, config, hidden, tokens, predicted, rows, key, spec, vocab_size, placement
+    )
 
 
 def sample_rows(
@@ -218,6 +251,7 @@ def sample_rows(
     key: Array,
     spec: SamplerSpec,
     vocab_size: int,
+    placement: Placement = ALONE,
 ) -> tuple[Candidates, Array, Array]:
     """Candidates [b, M] with columns for ids; entropies and label log-probabilities [b, L].
 
@@ -233,12 +267,10 @@ def sample_rows(
         lambda row_key: jax.vmap(lambda i: jax.random.fold_in(row_key, i))(jnp.arange(count))
     )(row_keys)
 
-    table = embedding(params).astype(hidden.dtype)
-
-    def one_tile(item: tuple[Array, ...]) -> tuple[Draft, Array, Array]:
+    def one_tile(table: Array, item: tuple[Array, ...]) -> tuple[Draft, Array, Array]:
         tile_hidden, tile_predicted, tile_labels, tile_key = item
         tile, entropy, scores = score_tile(
-            params, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
+            {"embedding": table}, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
         )
         label = jnp.take_along_axis(scores, tile_labels[:, None], axis=1)[:, 0] - tile.log_total
         return (
@@ -247,9 +279,15 @@ def sample_rows(
             jnp.where(tile_predicted, jnp.minimum(label, 0.0), 0.0),
         )
 
+    def all_tiles(table: Array, items: tuple[Array, ...]) -> tuple[Candidates, Array, Array]:
+        drafts, entropy, label = jax.lax.map(partial(one_tile, table), items)
+        # Of all tiles at once: a loop over pairs of ids is short work for each.
+        return samplers.settle(drafts), entropy, label
+
     tiles = batch * count
-    drafts, entropy, label = jax.lax.map(
-        one_tile,
+    found, entropy, label = placement.spread(
+        all_tiles,
+        embedding(params).astype(hidden.dtype),
         (
             hidden.reshape(tiles, size, -1),
             predicted.reshape(tiles, size),
@@ -257,8 +295,6 @@ def sample_rows(
             keys.reshape(tiles),
         ),
     )
-    # Of all tiles at once: a loop over pairs of ids is short work for each.
-    found = samplers.settle(drafts)
     firsts = jnp.tile(jnp.arange(count, dtype=jnp.int32) * size, batch)
     found = found._replace(position=found.position + firsts[:, None])
     return (
@@ -268,7 +304,9 @@ def sample_rows(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size"))
+@partial(
+    jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size", "placement")
+)
 def _expected_entries(
     params: Params,
     tokens: Array,
@@ -281,16 +319,20 @@ def _expected_entries(
     name: SamplerName,
     temperature: float,
     vocab_size: int,
+    placement: Placement,
 ) -> Array:
     """float32 [tiles, P]."""
     length = tokens.shape[1]
     size = tile_tokens(length)
-    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, placement=placement)
 
-    def one_tile(item: tuple[Array, Array]) -> Array:
-        tile, _, _ = score_tile(params, config, *item, temperature, vocab_size)
-        return samplers.expected_entries(name, tile, points)
+    def one_tile(given: tuple[Array, Array], item: tuple[Array, Array]) -> Array:
+        table, numbers = given
+        tile, _, _ = score_tile({"embedding": table}, config, *item, temperature, vocab_size)
+        return samplers.expected_entries(name, tile, numbers)
 
-    return jax.lax.map(
-        one_tile, (hidden.reshape(-1, size, hidden.shape[-1]), predicted.reshape(-1, size))
+    return placement.spread(
+        lambda given, items: jax.lax.map(partial(one_tile, given), items),
+        (embedding(params), points),
+        (hidden.reshape(-1, size, hidden.shape[-1]), predicted.reshape(-1, size)),
     )

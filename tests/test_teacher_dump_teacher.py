@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from gemma2 import checkpoint
 from gemma2.model import hidden_states, init_params, logits
+from gemma2.placement import ALONE
 from logit_store import codec
 from logit_store.codec import Entries
 from logit_store.layout import predicted_mask
@@ -361,6 +362,58 @@ def test_expected_entries_are_those_of_all_rows(
     assert nothing.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_devices_that_share_a_teacher_find_what_one_finds(
+    tmp_path: Path,
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tiles too: ten of them, which three devices do not share evenly."""
+    monkeypatch.setattr(teachers, "_TILE_TOKENS", 16)
+    model = MODEL.model_copy(
+        update={
+            "vocab_size": 321,
+            "d_model": 96,
+            "num_heads": 6,
+            "num_kv_heads": 3,
+            "mlp_width": 96,
+        }
+    )
+    params = init_params(model, jax.random.key(3))
+    params["final_norm"]["weight"] = params["final_norm"]["weight"] + 6.0
+    checkpoint.save(tmp_path / "model", model, params)
+    alone, shared = (Gemma2Teacher(tmp_path / "model", "float32", VOCAB, n) for n in (1, 3))
+    matrices = [x for x in jax.tree.leaves(shared._params["pairs"]) if x.size >= 2**12]
+    assert matrices
+    for leaf in matrices:
+        assert leaf.addressable_shards[0].data.size * 3 == leaf.size
+    expected = propose(alone, tokens, segment_ids, SPEC)
+    found = propose(shared, tokens, segment_ids, SPEC)
+    assert expected.teacher_entropy.std() > 0.1
+    np.testing.assert_allclose(
+        found.teacher_entropy, expected.teacher_entropy, rtol=1e-4, atol=2e-5
+    )
+    np.testing.assert_allclose(found.label_logprob, expected.label_logprob, rtol=1e-3, atol=1e-5)
+    # The same draws, but for a point on an edge that a last bit moves.
+    assert np.mean(dense(found) == dense(expected)) > 0.999
+    assert not np.array_equal(dense(found)[0], dense(found)[1])
+    points = np.array([3, 30])
+    told, expected_entries = (
+        teacher.expected_entries(tokens, segment_ids, "systematic", 1.0, points)
+        for teacher in (shared, alone)
+    )
+    np.testing.assert_allclose(told, expected_entries, rtol=1e-4)
+    with pytest.raises(ConfigError, match="divide the model's num_kv_heads, but 2 does not"):
+        Gemma2Teacher(tmp_path / "model", "float32", VOCAB, 2)
+
+
+def test_a_teacher_on_more_devices_than_there_are_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="model_devices must be devices of the worker, but it is 9"
+    ):
+        Gemma2Teacher(folder, "float32", VOCAB, 9)
+
+
 def test_bfloat16_is_close_and_is_not_float32(
     folder: Path, teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
@@ -439,6 +492,7 @@ def test_scores_of_more_than_a_tile_never_exist(monkeypatch: pytest.MonkeyPatch,
         "config": model,
         "dtype": jnp.dtype("float32"),
         "vocab_size": vocab - 2,
+        "placement": ALONE,
     }
 
     def candidates(params: Any, tokens: Any, segments: Any, predicted: Any, rows: Any) -> Any:
