@@ -343,7 +343,7 @@ def _load_teacher(config: DumpConfig, expected: TeacherInfo) -> Gemma2Teacher:
     key = (str(config.teacher), config.dtype, expected.vocab_size)
     with _teachers_lock:
         if key not in _teachers:
-            teacher = Gemma2Teacher(
+            teacher = Gemma2Teacher.load(
                 config.teacher,
                 dtype=config.dtype,
                 vocab_size=expected.vocab_size,

@@ -7,7 +7,7 @@ for neighbours are ids of similar meaning.
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -72,32 +72,44 @@ class Gemma2Teacher:
     vocabulary's size ever moves.
     """
 
-    def __init__(self, folder: str | Path, dtype: str, vocab_size: int, devices: int = 1):
-        """Load the weights in `dtype`; ids from `vocab_size` up are never given probability.
+    def __init__(
+        self, info: TeacherInfo, config: ModelConfig, params: Params, placement: Placement = ALONE
+    ):
+        """Of parameters where the placement has them, in the dtype of the arithmetic.
+
+        Ids from `info.vocab_size` up are never given probability.
+        """
+        self.info = info
+        self._config, self._placement = config, placement
+        self._dtype = embedding(params).dtype
+        self._params = _rows(params, _padded(np.arange(info.vocab_size)))
+        # The rest, which a sampler may name, is the id behind the last.
+        self._ids = np.arange(info.vocab_size + 1, dtype=np.int32)
+        self._place = np.arange(info.vocab_size, dtype=np.int32)
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: str, vocab_size: int, devices: int = 1) -> Self:
+        """The checkpoint in a folder, in `dtype`, shared by so many of this process's devices.
 
         Raises ConfigError if the checkpoint has fewer ids than the tokenizer, or cannot be shared
         by so many devices.
         """
         config_sha256, weights_sha256 = checkpoint.fingerprint(folder)
-        self._placement = share(checkpoint.load_config(folder), devices)
-        self._config, params = checkpoint.load(folder, jnp.dtype(dtype), self._placement)
-        if self._config.vocab_size < vocab_size:
+        placement = share(checkpoint.load_config(folder), devices)
+        config, params = checkpoint.load(folder, jnp.dtype(dtype), placement)
+        if config.vocab_size < vocab_size:
             raise ConfigError(
                 f"A teacher must know every id of the store's tokenizer, but {folder} has "
-                f"{self._config.vocab_size} and the tokenizer {vocab_size}; give the teacher that "
+                f"{config.vocab_size} and the tokenizer {vocab_size}; give the teacher that "
                 "belongs to the tokenizer."
             )
-        self._dtype = jnp.dtype(dtype)
-        self._params = _rows(params, _padded(np.arange(vocab_size)))
-        # The rest, which a sampler may name, is the id behind the last.
-        self._ids = np.arange(vocab_size + 1, dtype=np.int32)
-        self._place = np.arange(vocab_size, dtype=np.int32)
-        self.info = TeacherInfo(
+        info = TeacherInfo(
             name=Path(folder).resolve().name,
             config_sha256=config_sha256,
             weights_sha256=weights_sha256,
             vocab_size=vocab_size,
         )
+        return cls(info, config, params, placement)
 
     def arrange(self, order: np.ndarray) -> None:
         """Cumulate ids in this order [V] from now on."""

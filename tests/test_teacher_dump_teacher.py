@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, params: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(folder: Path) -> Gemma2Teacher:
-    return Gemma2Teacher(folder, "float32", VOCAB)
+    return Gemma2Teacher.load(folder, "float32", VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(
     """The same checkpoint with all its rows as vocabulary does sample them."""
     draws = SPEC.model_copy(update={"name": "multinomial"})
     for vocab, beyond in ((VOCAB, 0), (MODEL.vocab_size, 10)):
-        found = propose(Gemma2Teacher(folder, "float32", vocab), tokens, segment_ids, draws)
+        found = propose(Gemma2Teacher.load(folder, "float32", vocab), tokens, segment_ids, draws)
         ids = found.id[found.points > 0]
         assert (ids >= VOCAB).sum() >= beyond
         assert beyond or ids.max() < VOCAB
@@ -228,7 +228,7 @@ def test_arranged_ids_have_the_same_distribution(
 ) -> None:
     """Other points are drawn, since they are cumulated in another order, but of the same p."""
     order = np.random.default_rng(4).permutation(VOCAB)
-    arranged = Gemma2Teacher(folder, "float32", VOCAB)
+    arranged = Gemma2Teacher.load(folder, "float32", VOCAB)
     arranged.arrange(order)
     found, plain = (propose(x, tokens, segment_ids) for x in (arranged, teacher))
     np.testing.assert_allclose(found.teacher_entropy, plain.teacher_entropy, atol=1e-4)
@@ -242,7 +242,7 @@ def test_arranged_ids_have_the_same_distribution(
     keys = found.position[0][used] * VOCAB + place[found.id[0][used]]
     assert (np.diff(keys) > 0).all()
     # However it is come by, an order gives the same; and the order of ids gives what was before.
-    again = Gemma2Teacher(folder, "float32", VOCAB)
+    again = Gemma2Teacher.load(folder, "float32", VOCAB)
     for step in (np.random.default_rng(5).permutation(VOCAB), order, order):
         again.arrange(step)
     np.testing.assert_array_equal(dense(propose(again, tokens, segment_ids)), points)
@@ -253,7 +253,7 @@ def test_arranged_ids_have_the_same_distribution(
 def test_the_rest_is_the_id_behind_the_last_in_any_order(
     folder: Path, params: Any, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    arranged = Gemma2Teacher(folder, "float32", VOCAB)
+    arranged = Gemma2Teacher.load(folder, "float32", VOCAB)
     arranged.arrange(np.random.default_rng(4).permutation(VOCAB))
     weights = dense(propose(arranged, tokens, segment_ids, TOP_K)) / MOST_POINTS
     p = np.exp(dense_log_probs(params, tokens, segment_ids))
@@ -382,7 +382,7 @@ def test_devices_that_share_a_teacher_find_what_one_finds(
     params = init_params(model, jax.random.key(3))
     params["final_norm"]["weight"] = params["final_norm"]["weight"] + 6.0
     checkpoint.save(tmp_path / "model", model, params)
-    alone, shared = (Gemma2Teacher(tmp_path / "model", "float32", VOCAB, n) for n in (1, 3))
+    alone, shared = (Gemma2Teacher.load(tmp_path / "model", "float32", VOCAB, n) for n in (1, 3))
     matrices = [x for x in jax.tree.leaves(shared._params["pairs"]) if x.size >= 2**12]
     assert matrices
     for leaf in matrices:
@@ -404,20 +404,20 @@ def test_devices_that_share_a_teacher_find_what_one_finds(
     )
     np.testing.assert_allclose(told, expected_entries, rtol=1e-4)
     with pytest.raises(ConfigError, match="divide the model's num_kv_heads, but 2 does not"):
-        Gemma2Teacher(tmp_path / "model", "float32", VOCAB, 2)
+        Gemma2Teacher.load(tmp_path / "model", "float32", VOCAB, 2)
 
 
 def test_a_teacher_on_more_devices_than_there_are_is_refused(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match="model_devices must be devices of the worker, but it is 9"
     ):
-        Gemma2Teacher(folder, "float32", VOCAB, 9)
+        Gemma2Teacher.load(folder, "float32", VOCAB, 9)
 
 
 def test_bfloat16_is_close_and_is_not_float32(
     folder: Path, teacher: Gemma2Teacher, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
-    half = propose(Gemma2Teacher(folder, "bfloat16", VOCAB), tokens, segment_ids, TOP_K)
+    half = propose(Gemma2Teacher.load(folder, "bfloat16", VOCAB), tokens, segment_ids, TOP_K)
     full = propose(teacher, tokens, segment_ids, TOP_K)
     error = np.abs(half.teacher_entropy - full.teacher_entropy)
     assert error.max() > 1e-4
@@ -444,7 +444,7 @@ def test_entries_that_do_not_fit_are_refused_by_name(
 
 def test_a_teacher_of_fewer_ids_than_the_tokenizer_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="has 320 and the tokenizer 321"):
-        Gemma2Teacher(folder, "float32", 321)
+        Gemma2Teacher.load(folder, "float32", 321)
 
 
 def test_the_teacher_says_who_it_is(folder: Path, teacher: Gemma2Teacher) -> None:

@@ -99,7 +99,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     predicted = predicted_mask(segment_ids[0])
     label = np.zeros(LENGTH)
     label[:-1] = np.log(p[np.arange(LENGTH - 1), tokens[0, 1:]])
-    teacher = Gemma2Teacher(folder, "float32", VOCAB)
+    teacher = Gemma2Teacher.load(folder, "float32", VOCAB)
     # The order of a real dump, so that what the sampler draws has to find its way back to ids.
     order = similarity_order(checkpoint.load_embedding(folder)[:VOCAB])
     teacher.arrange(order)
