@@ -70,7 +70,7 @@ def export(config: ExportConfig) -> int:
         )
     beside = config.run / exporting.EXPORT_FOLDER / TOKENIZER_FILE
     tokenizer = beside if beside.is_file() else None
-    return exporting.export(config.run, config.out, config.step, tokenizer)
+    return exporting.export(config.run, config.out, config.step, tokenizer, config.averaged)
 
 
 def _tokenizer(path: Path | None, store: str) -> Tokenizer | None:

@@ -6,10 +6,8 @@ step needs is a function of its number, so a run that was cut off continues bit 
 """
 
 import json
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,7 @@ import numpy as np
 from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import presets
 from schemas.base import Document
-from schemas.errors import ConfigError, DivergenceError
+from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
 from student_train import alignment, export
@@ -32,30 +30,20 @@ from student_train.data import StoreSource, place, prefetch, row_order
 from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
 from student_train.interrupt import Interrupt, watch
 from student_train.metrics import Metrics
+from student_train.report import Reporter, TrainEvent, rows_and_shards
+from student_train.routing import definite
 from student_train.step import (
     State,
-    StepMetrics,
     abstract_state,
     init_state,
     make_head,
     make_state,
     make_train_step,
 )
+from student_train.throughput import Work, timed
 
 RESULT_FILE = "result.json"
 ALIGNMENT_SEQUENCES = 16
-
-
-@dataclass(frozen=True)
-class TrainEvent:
-    """Told to the caller after every step, and while evaluating."""
-
-    step: int
-    """Steps done."""
-    note: str
-    """A few words for a console line."""
-    record: dict[str, Any] | None = None
-    """The record that was just written to the metrics, if any."""
 
 
 OnEvent = Callable[[TrainEvent], None]
@@ -132,14 +120,15 @@ class _Run:
         interrupt: Interrupt,
         devices: Sequence[Any] | None,
     ):
-        self.config, self.tell, self.interrupt = config, tell, interrupt
+        self.config = config = definite(config)
+        self.tell, self.interrupt = tell, interrupt
         self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
         self.model = presets.resolve(config.model)
         self.source = StoreSource(config.store, config.targets)
         vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
         check_vocabulary(self.model, vocab_size, config.store)
         self.mesh = meshes.make_mesh(config.mesh, devices)
-        meshes.check_batch(self.mesh, config.batch_sequences)
+        meshes.check_batch(self.mesh, config.batch_sequences, config.accumulate)
         self.identity = RunIdentity.of(config, self.model, self.source)
         self.order = row_order(self.source, config.seed)
         self.abstract = abstract_state(self.model, config, self.mesh)
@@ -192,7 +181,7 @@ class _Run:
     ) -> TrainResult:
         out = self.config.out
         folder = out / export.EXPORT_FOLDER
-        export.write(folder, self.model, state.params, self.tokenizer)
+        export.write(folder, self.model, state.result, self.tokenizer)
         checkpoint = checkpoints.folder / str(self.config.steps)
         finished = _Finished(
             run=self.identity,
@@ -236,7 +225,7 @@ class _Run:
         """All remaining steps; returns the last state and its evaluation."""
         config = self.config
         train_step = make_train_step(self.model, config, self.head, self.mesh)
-        reporter = _Reporter(config, self.source.tokens_manifest.sequence_tokens, metrics)
+        reporter = self._reporter(checkpoints, metrics)
         where = meshes.rows_sharding(self.mesh)
         evaluator = self._evaluator()
 
@@ -248,11 +237,11 @@ class _Run:
         evaluation = self._evaluate(evaluator, first, state, checkpoints, metrics)
         batches = prefetch(batch_of, first, config.steps)
         try:
-            for step, batch in batches:
+            for (step, batch), waited_seconds in timed(batches):
                 state, step_metrics = train_step(state, batch)
                 done = step + 1
                 # One step is under way while the one before it is read: the device never waits.
-                self._tell_all(reporter.add(done, step_metrics))
+                self._tell_all(reporter.add(done, step_metrics, waited_seconds))
                 asked = self._is_asked_to_stop(done)
                 if asked or done % config.checkpoint_every == 0 or done == config.steps:
                     self._tell_all(reporter.flush())
@@ -263,10 +252,25 @@ class _Run:
                 if self._is_evaluated(done):
                     self._tell_all(reporter.flush())
                     evaluation = self._evaluate(evaluator, done, state, checkpoints, metrics)
-                    reporter.pause()
+                    reporter.resume()
         finally:
             batches.close()
         return state, evaluation
+
+    def _reporter(self, checkpoints: Checkpoints, metrics: Metrics) -> Reporter:
+        config, manifest = self.config, self.source.tokens_manifest
+
+        def rows_of(step: int) -> dict[str, list[int]]:
+            rows = self.order.rows(step, config.batch_sequences)
+            return rows_and_shards(rows, manifest.shard_sequences)
+
+        def checkpoint_until(step: int) -> Path | None:
+            known = [number for number in checkpoints.steps() if number <= step]
+            return checkpoints.folder / str(known[-1]) if known else None
+
+        devices = list(self.mesh.devices.flat)
+        work = Work.of(config, self.model, manifest.sequence_tokens, devices)
+        return Reporter(config, work, metrics, rows_of, checkpoint_until)
 
     def _is_asked_to_stop(self, step: int) -> bool:
         """Several hosts must agree, which costs a round trip: they ask when they log."""
@@ -309,72 +313,20 @@ class _Run:
                 checkpoints.wait()
                 self.interrupt.raise_at(step)
 
-        evaluation = evaluator(state.params, on_rows)
+        evaluation = evaluator(state.result, on_rows)
         record = {
             "step": step,
             "eval_nats_per_token": evaluation.nats_per_token,
             "eval_bits_per_byte": evaluation.bits_per_byte,
         }
         metrics.write(record)
-        self.tell(TrainEvent(step, f"held out {evaluation.nats_per_token:.4f}", record))
+        text = f"held out {evaluation.nats_per_token:.4f}"
+        self.tell(TrainEvent(step, text, record, f"step {step}: {text} nats per token"))
         return evaluation
 
     def _tell_all(self, events: list[TrainEvent]) -> None:
         for event in events:
             self.tell(event)
-
-
-class _Reporter:
-    """Reads each step's metrics one step late, and writes those of every `log_every`-th step."""
-
-    def __init__(self, config: TrainConfig, sequence_tokens: int, metrics: Metrics):
-        self._config, self._metrics = config, metrics
-        self._tokens_per_step = config.batch_sequences * sequence_tokens
-        self._waiting: tuple[int, StepMetrics] | None = None
-        self._note = ""
-        self._steps = 0
-        self._since: float | None = None
-
-    def pause(self) -> None:
-        """Leave what happens until the next step is done (compilation, evaluation) out of rates."""
-        self._since = None
-
-    def add(self, step: int, metrics: StepMetrics) -> list[TrainEvent]:
-        """Take a step that was just dispatched; returns the events of the one before."""
-        events = self.flush()
-        self._waiting = (step, metrics)
-        return events
-
-    def flush(self) -> list[TrainEvent]:
-        """Wait for the step taken last. Raises DivergenceError if its loss is not a number."""
-        if self._waiting is None:
-            return []
-        step, device_metrics = self._waiting
-        self._waiting = None
-        values = {name: float(value) for name, value in device_metrics._asdict().items()}
-        if not math.isfinite(values["loss"]):
-            raise DivergenceError(
-                f"The loss must be finite, but at step {step} it is {values['loss']}; lower "
-                "optimizer.learning_rate and continue from the last checkpoint under another `out`."
-            )
-        now = time.perf_counter()
-        if self._since is None:
-            self._steps, self._since = 0, now
-        else:
-            self._steps += 1
-        self._note = f"loss {values['loss']:.4f}"
-        if step % self._config.log_every and step != self._config.steps:
-            return [TrainEvent(step, self._note)]
-        rate = None
-        if self._steps:
-            rate = round(self._steps * self._tokens_per_step / (now - self._since), 1)
-            self._steps, self._since = 0, now
-        if self._config.targets is None:
-            for name in ("kd", "kl", "teacher_entropy", "teacher_ce"):
-                del values[name]
-        record = {"step": step, **values, "tokens_per_second": rate}
-        self._metrics.write(record)
-        return [TrainEvent(step, self._note, record)]
 
 
 def _check_init(found: ModelConfig, wanted: ModelConfig, folder: Path) -> None:

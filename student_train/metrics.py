@@ -38,7 +38,7 @@ class Metrics:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
 
     def _has(self, record: dict[str, Any]) -> bool:
