@@ -23,10 +23,11 @@ from schemas.base import Document
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
-from student_train import alignment, export
+from student_train import alignment, export, trackers
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, RunIdentity
-from student_train.data import StoreSource, place, prefetch, row_order
+from student_train.data import Batch, StoreSource, place, prefetch, row_order
+from student_train.dry_run import DryRun, measure
 from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
 from student_train.interrupt import Interrupt, watch
 from student_train.metrics import Metrics
@@ -108,6 +109,26 @@ def train(
         return result
 
 
+def dry_run(config: TrainConfig, devices: Sequence[Any] | None = None) -> DryRun:
+    """What `train` would do, found by a few of its own steps; nothing is written.
+
+    Raises what `train` raises before its first step.
+    """
+    with watch(None) as interrupt:
+        run = _Run(config, None, None, lambda event: None, interrupt, devices)
+        run.check_alignment()
+        train_step = make_train_step(run.model, run.config, run.head, run.mesh)
+        return measure(
+            run.config,
+            run.source,
+            run.work(),
+            train_step,
+            run.abstract,
+            run.new_state,
+            run.batch,
+        )
+
+
 class _Run:
     """One call of `train`: what is fixed before the first step."""
 
@@ -123,6 +144,7 @@ class _Run:
         self.config = config = definite(config)
         self.tell, self.interrupt = tell, interrupt
         self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
+        trackers.check(config)
         self.model = presets.resolve(config.model)
         self.source = StoreSource(config.store, config.targets)
         vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
@@ -140,12 +162,14 @@ class _Run:
         finished = self._finished()
         if finished is not None:
             return finished
-        if self.source.targets_manifest is not None:
-            self._check_alignment()
+        self.check_alignment()
         with Checkpoints(self.config.out, self.config.keep_checkpoints) as checkpoints:
             state, resumed_from = self._first_state(checkpoints)
             with Metrics(
-                self.config.out, resumed_from or 0, silent=jax.process_index() != 0
+                self.config.out,
+                resumed_from or 0,
+                silent=jax.process_index() != 0,
+                open_trackers=partial(trackers.open_trackers, self.config),
             ) as metrics:
                 state, evaluation = self._run(state, checkpoints, metrics)
             checkpoints.save(state, self.identity)
@@ -195,10 +219,12 @@ class _Run:
             _write_atomically(out / RESULT_FILE, finished.model_dump_json(indent=2))
         return TrainResult(evaluation, metrics.path, checkpoint, folder, resumed_from, reused=False)
 
-    def _check_alignment(self) -> None:
+    def check_alignment(self) -> None:
+        """Raise AlignmentError if there are targets and they do not belong to their tokens."""
+        if self.source.targets_manifest is None:
+            return
         count = min(ALIGNMENT_SEQUENCES, self.order.num_rows)
         batch = self.source.read(np.unique(self.order.rows(0, count)))
-        assert self.source.targets_manifest is not None
         sampler = self.source.targets_manifest.sampler
         alignment.check_alignment(batch, sampler, f"'{self.config.targets}' of {self.config.store}")
 
@@ -209,15 +235,18 @@ class _Run:
             where = checkpoints.folder / str(known[-1])
             self.identity.check(checkpoints.identity(known[-1]), where)
             return checkpoints.restore(known[-1], self.abstract), known[-1]
+        return self.new_state(), None
+
+    def new_state(self) -> State:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if self.config.init is None:
             make = partial(make_state, self.model, self.config)
-            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed)), None
+            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed))
         found, params = gemma2_checkpoint.load(self.config.init, dtype=np.float32)
         _check_init(found, self.model, self.config.init)
         params = jax.device_put(params, shardings.params)
         make = partial(init_state, config=self.config)
-        return jax.jit(make, out_shardings=shardings)(params), None
+        return jax.jit(make, out_shardings=shardings)(params)
 
     def _run(
         self, state: State, checkpoints: Checkpoints, metrics: Metrics
@@ -226,16 +255,12 @@ class _Run:
         config = self.config
         train_step = make_train_step(self.model, config, self.head, self.mesh)
         reporter = self._reporter(checkpoints, metrics)
-        where = meshes.rows_sharding(self.mesh)
         evaluator = self._evaluator()
-
-        def batch_of(step: int) -> Any:
-            return place(self.order.rows(step, config.batch_sequences), self.source.read, where)
 
         first = int(state.step)
         # A run that was cut off between a checkpoint and its evaluation makes up for it here.
         evaluation = self._evaluate(evaluator, first, state, checkpoints, metrics)
-        batches = prefetch(batch_of, first, config.steps)
+        batches = prefetch(self.batch, first, config.steps)
         try:
             for (step, batch), waited_seconds in timed(batches):
                 state, step_metrics = train_step(state, batch)
@@ -257,6 +282,14 @@ class _Run:
             batches.close()
         return state, evaluation
 
+    def batch(self, step: int) -> Batch:
+        rows = self.order.rows(step, self.config.batch_sequences)
+        return place(rows, self.source.read, meshes.rows_sharding(self.mesh))
+
+    def work(self) -> Work:
+        length = self.source.tokens_manifest.sequence_tokens
+        return Work.of(self.config, self.model, length, list(self.mesh.devices.flat))
+
     def _reporter(self, checkpoints: Checkpoints, metrics: Metrics) -> Reporter:
         config, manifest = self.config, self.source.tokens_manifest
 
@@ -268,9 +301,7 @@ class _Run:
             known = [number for number in checkpoints.steps() if number <= step]
             return checkpoints.folder / str(known[-1]) if known else None
 
-        devices = list(self.mesh.devices.flat)
-        work = Work.of(config, self.model, manifest.sequence_tokens, devices)
-        return Reporter(config, work, metrics, rows_of, checkpoint_until)
+        return Reporter(config, self.work(), metrics, rows_of, checkpoint_until)
 
     def _is_asked_to_stop(self, step: int) -> bool:
         """Several hosts must agree, which costs a round trip: they ask when they log."""
