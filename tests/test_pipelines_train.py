@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 from student_store import MODEL, make_store, small_config
@@ -10,7 +12,11 @@ from student_store import MODEL, make_store, small_config
 from gemma2 import flops
 from pipelines import cli, training
 from schemas.model import ModelConfig
-from schemas.runs import TrainConfig
+from schemas.runs import MeshConfig, TrainConfig
+from student_train import dry_run
+from student_train import mesh as meshes
+from student_train.guard import HISTORY
+from student_train.report import TrainEvent
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +55,9 @@ def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(
         "share_of_rows": 1.0,
         "epochs": 2.4,
     }
-    # Parameters, Adam's two moments and the average, an eighth on each device but for small ones.
-    state = found["memory"]["state"]
-    assert 4 * 4 * counted.total / 8 < state < 4 * 4 * counted.total / 6
+    # Parameters, Adam's two moments and the average, so small that every device has them whole;
+    # the guard's history and two counts, the step and Adam's count.
+    assert found["memory"]["state"] == 4 * (4 * counted.total + HISTORY + 4)
     assert found["memory"]["working"] > 0
     assert len(found["losses"]) == 3
     assert found["seconds"] == pytest.approx(6 * found["step_seconds"])
@@ -118,8 +124,6 @@ def test_wrong_input_is_one_sentence(
 def test_a_terminal_has_one_live_line_and_keeps_what_matters(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from student_train.report import TrainEvent
-
     def fake(config: TrainConfig, *, on_event, **_):
         on_event(TrainEvent(1, "loss 2.0"))
         on_event(TrainEvent(2, "skipped", None, "step 2 was skipped: its loss is nan"))
@@ -129,7 +133,9 @@ def test_a_terminal_has_one_live_line_and_keeps_what_matters(
     config = TrainConfig(store=str(folder / "store"), out=tmp_path, steps=2)
     texts = {}
     for name, is_terminal in (("terminal", True), ("log", False)):
-        console = Console(file=(tmp_path / name).open("w"), force_terminal=is_terminal, width=100)
+        console = Console(
+            file=(tmp_path / name).open("w"), force_terminal=is_terminal, highlight=False
+        )
         with pytest.raises(KeyboardInterrupt):
             training.train(config, console)
         console.file.close()
@@ -137,3 +143,20 @@ def test_a_terminal_has_one_live_line_and_keeps_what_matters(
     assert texts["log"].splitlines() == ["train: step 2 was skipped: its loss is nan"]
     assert "train: step 2 was skipped" in texts["terminal"]
     assert "2/2" in texts["terminal"]
+
+
+def test_memory_counts_what_lies_on_one_device() -> None:
+    mesh = meshes.make_mesh(MeshConfig(replica=2), jax.devices())
+    shapes = {
+        "embedding": jax.ShapeDtypeStruct((4096, 64), jnp.float32),
+        "final_norm": jax.ShapeDtypeStruct((64,), jnp.float32),
+    }
+    placed = meshes.abstract(shapes, meshes.state_shardings(shapes, mesh))
+    assert dry_run._bytes_per_device(placed) == 4096 * 64 * 4 // 4 + 64 * 4
+
+
+def test_what_does_not_fit_is_said_and_not_run() -> None:
+    memory = dry_run.Memory(state=5, batch=1, working=5, available=10)
+    assert (memory.total, memory.fits) == (11, False)
+    assert memory.model_copy(update={"available": 11}).fits
+    assert memory.model_copy(update={"available": None}).fits

@@ -23,16 +23,10 @@ from student_train.interrupt import TrainingInterrupted
 from student_train.loop import TrainEvent, TrainResult, train
 from student_train.routing import definite
 from student_train.step import State, abstract_state
+from student_train.throughput import NO_RATES
 
 ONE = jax.devices()[:1]
 STEPS = 12
-TIMES = (
-    "tokens_per_second",
-    "model_tflops_per_second",
-    "head_tflops_per_second",
-    "mfu",
-    "input_wait_share",
-)
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
@@ -89,7 +83,7 @@ def assert_same(found: Any, wanted: Any) -> None:
 
 
 def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in found]
+    return [{k: v for k, v in record.items() if k not in NO_RATES} for record in found]
 
 
 def test_a_poisoned_row_costs_one_step_and_is_named(
