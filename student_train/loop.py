@@ -298,8 +298,12 @@ class _Run:
             return rows_and_shards(rows, manifest.shard_sequences)
 
         def checkpoint_until(step: int) -> Path | None:
-            known = [number for number in checkpoints.steps() if number <= step]
-            return checkpoints.folder / str(known[-1]) if known else None
+            known = checkpoints.steps()
+            if not known:
+                return None
+            # Where all from before are gone, the oldest: skipped steps changed no parameters.
+            before = [number for number in known if number <= step]
+            return checkpoints.folder / str(before[-1] if before else known[0])
 
         return Reporter(config, self.work(), metrics, rows_of, checkpoint_until)
 

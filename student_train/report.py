@@ -49,7 +49,7 @@ class Reporter:
     ):
         """`rows_of` a 0-based step: its batch's rows and their shards, by name.
 
-        `checkpoint_until` n steps: the newest checkpoint of at most so many.
+        `checkpoint_until` n steps: the newest checkpoint whose parameters are those of at most n.
         """
         self._config, self._work, self._metrics = config, work, metrics
         self._rows_of, self._checkpoint_until = rows_of, checkpoint_until
@@ -117,7 +117,7 @@ class Reporter:
             f"the last good checkpoint is {last_good}: export it and start from it with `init` and "
             "a lower optimizer.learning_rate under another `out`."
             if last_good
-            else "there is no checkpoint from before; lower optimizer.learning_rate."
+            else "there is no checkpoint yet; lower optimizer.learning_rate."
         )
         return DivergenceError(
             f"Training must not skip {self._config.max_bad_steps} steps in a row, but steps "
