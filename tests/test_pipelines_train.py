@@ -160,3 +160,27 @@ def test_what_does_not_fit_is_said_and_not_run() -> None:
     assert (memory.total, memory.fits) == (11, False)
     assert memory.model_copy(update={"available": 11}).fits
     assert memory.model_copy(update={"available": None}).fits
+
+
+def test_a_log_is_one_line_now_and_then(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: clock[0])
+
+    def fake(config: TrainConfig, *, on_event, **_):
+        for step in range(1, 51):
+            clock[0] += 1.0
+            on_event(TrainEvent(step, f"loss {1 / step:.4f}, 256 tokens/s"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run_training", fake)
+    with (tmp_path / "log").open("w") as file, pytest.raises(KeyboardInterrupt):
+        training.train(
+            TrainConfig(store=str(folder / "store"), out=tmp_path, steps=100),
+            Console(file=file, soft_wrap=True, highlight=False),
+        )
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "train: 20/100 steps, 1.0/s, 80 s left, loss 0.0500, 256 tokens/s",
+        "train: 40/100 steps, 1.0/s, 60 s left, loss 0.0250, 256 tokens/s",
+    ]

@@ -1,6 +1,7 @@
 """One step: micro-batches, routing by entropy, the average of parameters, and what is skipped."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,13 @@ def test_each_device_cuts_its_own_rows() -> None:
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:4])
     batch = Batch(*[np.repeat(np.arange(8)[:, None], 3, axis=1)] * len(Batch._fields))
     placed = jax.device_put(batch, meshes.rows_sharding(mesh))
-    parts = jax.jit(lambda batch: split_rows(batch, 2, mesh))(placed)
+    compiled = jax.jit(lambda batch: split_rows(batch, 2, mesh)).lower(placed).compile()
+    parts = compiled(placed)
     np.testing.assert_array_equal(parts.tokens[..., 0], [[0, 2, 4, 6], [1, 3, 5, 7]])
     for shard in parts.tokens.addressable_shards:
         assert shard.data.shape == (2, 1, 3)
+    # Nothing moves between devices.
+    assert not re.search(r"all-|collective", compiled.as_text())
 
 
 def test_micro_batches_that_do_not_divide_are_refused() -> None:
