@@ -1,5 +1,6 @@
 """Figures about a store: means from its ledger alone, distributions from a sample of its rows."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from logit_store import layout, manifests, reader, storage
 from logit_store.ledger import Ledger, summary_bytes
+from schemas.errors import IncompleteStoreError
 from schemas.manifest import Manifest, ShardStatistics, TokensManifest
 
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -124,20 +127,9 @@ def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, D
     stored label (0 where the label was not sampled).
     """
     targets = reader.TargetsReader(url, name)
-    step = targets.manifest.shard_sequences
-    rows = np.concatenate(
-        [
-            np.arange(i * step, min((i + 1) * step, targets.manifest.num_sequences))
-            for i in np.flatnonzero(targets.committed).tolist()
-        ]
-        or [np.zeros(0, np.int64)]
-    )
-    if rows.size == 0:
-        return {}
-    rows = rows[np.unique(np.linspace(0, rows.size - 1, min(max_sequences, rows.size)).astype(int))]
     columns: dict[str, list[np.ndarray]] = {}
-    for start in range(0, rows.size, 64):
-        for key, values in _columns(targets, targets.rows(rows[start : start + 64])).items():
+    for batch in _sample(targets, max_sequences):
+        for key, values in _columns(targets, batch).items():
             columns.setdefault(key, []).append(values)
     found = {}
     for key, parts in columns.items():
@@ -148,6 +140,46 @@ def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, D
                 {p: float(np.percentile(values, p)) for p in _PERCENTILES},
             )
     return found
+
+
+def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> float:
+    """The entropy in nats below which about `share` of the predicted positions lie.
+
+    Of committed rows, evenly thinned to `max_sequences`. Stored entropies are few distinct values,
+    so no cut may give the share exactly: this is the one that comes nearest. Raises
+    IncompleteStoreError if nothing is committed.
+    """
+    targets = reader.TargetsReader(url, name)
+    parts = [
+        batch.teacher_entropy[layout.predicted_mask(batch.segment_ids)]
+        for batch in _sample(targets, max_sequences)
+    ]
+    if not parts:
+        raise IncompleteStoreError(
+            f"A share of positions is found on committed rows, but of the targets '{name}' of "
+            f"{url} there are none; run the job that writes them."
+        )
+    values, counts = np.unique(np.concatenate(parts), return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)]) / max(1, counts.sum())
+    # Below value i lie `below[i]`; never all of them, as a share is less than 1.
+    return float(values[np.argmin(np.abs(below[:-1] - share))]) if len(values) else 0.0
+
+
+def _sample(targets: reader.TargetsReader, max_sequences: int) -> Iterator[reader.TargetBatch]:
+    """Committed rows, evenly thinned to `max_sequences`, a few at a time."""
+    step = targets.manifest.shard_sequences
+    rows = np.concatenate(
+        [
+            np.arange(i * step, min((i + 1) * step, targets.manifest.num_sequences))
+            for i in np.flatnonzero(targets.committed).tolist()
+        ]
+        or [np.zeros(0, np.int64)]
+    )
+    if rows.size == 0:
+        return
+    rows = rows[np.unique(np.linspace(0, rows.size - 1, min(max_sequences, rows.size)).astype(int))]
+    for start in range(0, rows.size, _ROWS_AT_ONCE):
+        yield targets.rows(rows[start : start + _ROWS_AT_ONCE])
 
 
 def _columns(targets: reader.TargetsReader, batch: reader.TargetBatch) -> dict[str, np.ndarray]:

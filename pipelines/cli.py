@@ -40,7 +40,7 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(verbs.VerifyArguments, verbs.verify),
     "repair": Verb(verbs.RepairArguments, verbs.repair),
     "stats": Verb(verbs.StatsArguments, verbs.stats),
-    "train": Verb(verbs.TrainConfig, verbs.train),
+    "train": Verb(verbs.TrainArguments, verbs.train),
     "eval": Verb(verbs.EvalConfig, verbs.evaluate),
     "export": Verb(verbs.ExportConfig, verbs.export),
     "plan": Verb(verbs.PlanArguments, verbs.plan),

@@ -84,7 +84,7 @@ def _line(label: str, count: int, total: int | None, unit: str, rate: float, not
     text += f" {unit}, {rate:,.1f}/s"
     if total is not None and rate > 0:
         text += f", {(total - count) / rate:,.0f} s left"
-    return f"{text} {note}".rstrip()
+    return f"{text}, {note}" if note else text
 
 
 @contextmanager

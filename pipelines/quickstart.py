@@ -28,6 +28,7 @@ from schemas.runs import (
     DumpConfig,
     OptimizerConfig,
     QuickstartConfig,
+    RateSchedule,
     SamplerConfig,
     TokenizeConfig,
     TrainConfig,
@@ -310,7 +311,7 @@ def _train(
                 learning_rate=(
                     size.teacher_learning_rate if is_teacher else size.student_learning_rate
                 ),
-                warmup_steps=max(steps // 20, 1),
+                schedule=RateSchedule(warmup_steps=max(steps // 20, 1)),
             ),
             eval_store=stores["heldout"],
             checkpoint_every=max(steps // 4, 1),

@@ -10,9 +10,12 @@ from schemas.errors import ConfigError
 from schemas.runs import EvalConfig, ExportConfig, TrainConfig
 from student_train import evaluate as evaluation
 from student_train import export as exporting
+from student_train.dry_run import DryRun
 from student_train.interrupt import TrainingInterrupted
 from student_train.loop import TrainResult
+from student_train.loop import dry_run as measure_run
 from student_train.loop import train as run_training
+from student_train.report import TrainEvent
 from teacher_dump.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -27,11 +30,14 @@ def train(config: TrainConfig, console: Console, label: str = "train") -> TrainR
     piece_bytes = None if tokenizer is None else tokenizer.piece_bytes()
     try:
         with progress.bar(console, label, config.steps, "steps") as advance:
+
+            def on_event(event: TrainEvent) -> None:
+                advance(event.step, event.note)
+                if event.notice is not None:
+                    console.print(f"{label}: {event.notice}")
+
             result = run_training(
-                config,
-                piece_bytes=piece_bytes,
-                tokenizer=config.tokenizer,
-                on_event=lambda event: advance(event.step, event.note),
+                config, piece_bytes=piece_bytes, tokenizer=config.tokenizer, on_event=on_event
             )
             if result.reused:
                 advance(config.steps, "reused")
@@ -43,6 +49,12 @@ def train(config: TrainConfig, console: Console, label: str = "train") -> TrainR
     elif result.resumed_from is not None:
         console.print(f"{label}: was resumed from step {result.resumed_from}")
     return result
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """What `train` would do, without doing it; raises what the trainer raises before it starts."""
+    _tokenizer(config.tokenizer, config.store)
+    return measure_run(config)
 
 
 def evaluate(config: EvalConfig, console: Console) -> evaluation.Evaluation:
@@ -70,7 +82,7 @@ def export(config: ExportConfig) -> int:
         )
     beside = config.run / exporting.EXPORT_FOLDER / TOKENIZER_FILE
     tokenizer = beside if beside.is_file() else None
-    return exporting.export(config.run, config.out, config.step, tokenizer)
+    return exporting.export(config.run, config.out, config.step, tokenizer, config.averaged)
 
 
 def _tokenizer(path: Path | None, store: str) -> Tokenizer | None:

@@ -17,7 +17,7 @@ from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
-from pipelines import plan_view, progress, runner, training
+from pipelines import plan_view, progress, runner, train_view, training
 from pipelines import quickstart as quickstart_run
 from pipelines import tokenize as tokenize_pipeline
 from schemas.base import Document
@@ -46,6 +46,26 @@ class _StoreArguments(_OutputArguments):
 
 class PlanArguments(PlanConfig, _OutputArguments):
     """What a store and its teacher will cost, before anything is run: `retort plan`."""
+
+
+class TrainArguments(TrainConfig, _OutputArguments):
+    """One student (or a small teacher) on a store: `retort train`."""
+
+    dry_run: bool = Field(
+        False,
+        alias="dry-run",
+        description="Say what the run would be, after a few steps that leave nothing behind.",
+    )
+
+    @model_validator(mode="after")
+    def _check_output(self) -> Self:
+        if self.json_output and not self.dry_run:
+            raise ValueError("json is of use with dry-run alone; give --dry-run too")
+        return self
+
+    def config(self) -> TrainConfig:
+        """The run, without how it was asked for."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
 
 
 class InspectArguments(_StoreArguments):
@@ -111,7 +131,12 @@ def dump(config: DumpConfig, console: Console, beam_options: list[str] | None) -
     return 0
 
 
-def train(config: TrainConfig, console: Console) -> int:
+def train(arguments: TrainArguments, console: Console) -> int:
+    config = arguments.config()
+    if arguments.dry_run:
+        found = training.dry_run(config)
+        data = found.model_dump(mode="json")
+        return _output(console, arguments, data, lambda: train_view.view(found, config))
     result = training.train(config, console)
     if result.evaluation is not None:
         console.print(_quality(result.evaluation))

@@ -43,3 +43,24 @@ ACCELERATORS: dict[str, Accelerator] = {
     "v6e": _tpu(918e12, 32 * 10**9, "v6e"),
     "tpu7x": _tpu(2307e12, 192 * 2**30, "tpu7x"),
 }
+
+# What JAX calls the devices, to the letter: another variant of a card has another peak.
+_DEVICE_KINDS = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def accelerator_of(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls `device_kind`; None if it is not in the table."""
+    name = _DEVICE_KINDS.get(device_kind)
+    return None if name is None else ACCELERATORS[name]

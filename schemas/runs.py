@@ -132,16 +132,80 @@ class DumpConfig(Document):
     )
 
 
-class OptimizerConfig(Document):
-    """AdamW with warm-up and a cosine to a floor."""
+class Schedule(Document):
+    """A factor for each step: it warms up to 1, stays there, and decays until the last step.
 
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(100, ge=0)
-    final_fraction: float = Field(0.1, ge=0, le=1, description="Of the peak, at the last step.")
+    With warmup_steps and decay_steps it is the WSD schedule (warm-up, stable, decay); with
+    decay_steps none it decays from the warm-up on; with neither it is 1 throughout.
+    """
+
+    warmup_steps: int = Field(0, ge=0, description="Steps of the warm-up, a straight line.")
+    initial_fraction: float = Field(0.0, ge=0, le=1, description="Where the warm-up begins.")
+    decay_steps: int | None = Field(
+        0, ge=0, description="Last steps, which decay; none: all that follow the warm-up."
+    )
+    decay: Literal["linear", "cosine", "sqrt"] = Field(
+        "linear", description="After a share x of the decay: 1-x, (1+cos(pi x))/2 or 1-sqrt(x)."
+    )
+    final_fraction: float = Field(0.0, ge=0, le=1, description="Where the decay ends.")
+
+    def check(self, name: str, steps: int) -> None:
+        """Raise ValueError unless warm-up and decay fit into `steps`."""
+        taken = self.warmup_steps + (self.decay_steps or 0)
+        if self.decay_steps and taken > steps:
+            raise ValueError(
+                f"{name}.warmup_steps and {name}.decay_steps must fit into steps, but they are "
+                f"{taken} of {steps} together; shorten one of them"
+            )
+
+
+class RateSchedule(Schedule):
+    """The learning rate's: a warm-up, then a cosine to a tenth, unless told otherwise."""
+
+    warmup_steps: int = Field(100, ge=0, description="Steps of the warm-up, a straight line.")
+    decay_steps: int | None = Field(
+        None, ge=0, description="Last steps, which decay; none: all that follow the warm-up."
+    )
+    decay: Literal["linear", "cosine", "sqrt"] = Field(
+        "cosine", description="After a share x of the decay: 1-x, (1+cos(pi x))/2 or 1-sqrt(x)."
+    )
+    final_fraction: float = Field(0.1, ge=0, le=1, description="Where the decay ends.")
+
+
+class OptimizerConfig(Document):
+    """AdamW with a global-norm clip."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="The schedule's peak.")
+    schedule: RateSchedule = RateSchedule()
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+
+
+class RoutingConfig(Document):
+    """Which positions learn from their label alone, because the teacher is sure of them."""
+
+    drop_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of positions, those of lowest teacher entropy; arXiv 2509.01649 has "
+        "0.15. What it means in nats is found on a sample of the store.",
+    )
+    below_nats: float | None = Field(
+        None, ge=0, description="In place of a share: positions of lower teacher entropy."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.drop_share and self.below_nats is not None:
+            raise ValueError("drop_share and below_nats say the same; leave one of them out")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        return self.drop_share > 0 or self.below_nats is not None
 
 
 class MeshConfig(Document):
@@ -169,8 +233,13 @@ class TrainConfig(Document):
     alpha: float = Field(
         1.0, ge=0, le=1, description="Weight of the stored targets; labels get the rest."
     )
+    alpha_schedule: Schedule = Field(Schedule(), description="Of alpha, which is its peak.")
+    routing: RoutingConfig = RoutingConfig()
     steps: int = Field(1000, ge=1)
     batch_sequences: int = Field(8, ge=1, description="Sequences per step over all devices.")
+    accumulate: int = Field(
+        1, ge=1, description="Micro-batches that a step is computed in, one after the other."
+    )
     seed: int = Field(
         0, ge=0, lt=2**64, description="Of the initialisation and of the order of rows."
     )
@@ -185,12 +254,47 @@ class TrainConfig(Document):
         "full.",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Of an average of the parameters, which is then what is evaluated and "
+        "exported; less in the first steps.",
+    )
+    spike_factor: float | None = Field(
+        10.0,
+        gt=1,
+        description="A step whose gradient norm exceeds the running median by this is skipped; "
+        "none skips only what is not finite.",
+    )
+    max_bad_steps: int = Field(
+        5, ge=1, description="So many skipped steps in a row end the run with an error."
+    )
     mesh: MeshConfig = MeshConfig()
     eval_store: str | None = Field(None, description="Store with held-out tokens.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 for the end only.")
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (), description="Where records go besides JSON lines and TensorBoard."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_sequences % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_sequences, but {self.accumulate} does not divide "
+                f"{self.batch_sequences}; choose another of either"
+            )
+        if self.targets is None and self.routing.is_on:
+            raise ValueError(
+                "routing chooses between stored targets and labels, but targets is none; name the "
+                "targets or leave routing out"
+            )
+        self.optimizer.schedule.check("optimizer.schedule", self.steps)
+        self.alpha_schedule.check("alpha_schedule", self.steps)
+        return self
 
 
 class EvalConfig(Document):
@@ -215,6 +319,9 @@ class ExportConfig(Document):
     out: Path = Field(description="Folder to create: for transformers, or of Parquet files.")
     step: int | None = Field(
         None, ge=0, description="Of a run: the checkpointed step; default: the newest."
+    )
+    averaged: bool = Field(
+        True, description="Of a run with ema_decay: the average, not the last parameters."
     )
     targets: str = Field("default", description="Of a store: the name of the set of targets.")
 

@@ -23,7 +23,7 @@ from student_train.step import State
 CHECKPOINT_FOLDER = "checkpoints"
 
 # What may change between the parts of one run: none of it changes which numbers are computed, but
-# for the last digits where devices or chunks differ. Paths may move; identities are compared.
+# for the last digits where devices, micro-batches or chunks differ. Paths may move; identities are compared.
 FREE_SETTINGS = frozenset(
     {
         "store",
@@ -33,12 +33,15 @@ FREE_SETTINGS = frozenset(
         "targets",
         "mesh",
         "remat",
+        "accumulate",
         "loss_chunk_tokens",
         "eval_store",
         "eval_every",
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
+        "max_bad_steps",
+        "trackers",
     }
 )
 
@@ -93,7 +96,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True
             ),
-            item_names=("params", "opt_state", "run"),
+            item_names=("params", "opt_state", "guard", "ema", "run"),
         )
 
     def steps(self) -> list[int]:
@@ -106,14 +109,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self.wait()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                run=ocp.args.JsonSave(run.model_dump(mode="json")),
-            ),
-        )
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in _arrays(state).items()}
+        run_json = ocp.args.JsonSave(run.model_dump(mode="json"))
+        self._manager.save(step, args=ocp.args.Composite(**arrays, run=run_json))
 
     def wait(self) -> None:
         """Return when all is on disk; raises what a background save raised."""
@@ -135,17 +133,15 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: State) -> State:
         """The state at `step`, placed as `abstract` (shapes, dtypes, shardings) says."""
-        found = self._restore(
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            opt_state=ocp.args.StandardRestore(abstract.opt_state),
-        )
+        arrays = {name: ocp.args.StandardRestore(tree) for name, tree in _arrays(abstract).items()}
+        found = self._restore(step, **arrays)
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract.step.sharding)
-        return State(found["params"], found["opt_state"], count)
+        return abstract._replace(step=count, **{name: found[name] for name in arrays})
 
-    def restore_params(self, step: int, abstract: Any) -> Any:
-        """The parameters alone, for an export."""
-        return self._restore(step, params=ocp.args.StandardRestore(abstract))["params"]
+    def restore_params(self, step: int, abstract: Any, averaged: bool) -> Any:
+        """The parameters alone, or their average, for an export."""
+        name = "ema" if averaged else "params"
+        return self._restore(step, **{name: ocp.args.StandardRestore(abstract)})[name]
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
@@ -164,6 +160,12 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _arrays(state: State) -> dict[str, Any]:
+    """The trees of a state that are stored, by item; its step is the checkpoint's own."""
+    found = {"params": state.params, "opt_state": state.opt_state, "guard": state.guard}
+    return found if state.ema is None else found | {"ema": state.ema}
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

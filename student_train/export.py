@@ -18,10 +18,13 @@ from student_train.checkpoint import Checkpoints
 EXPORT_FOLDER = "export"
 
 
-def export(run: Path, out: Path, step: int | None, tokenizer: Path | None = None) -> int:
+def export(
+    run: Path, out: Path, step: int | None, tokenizer: Path | None = None, averaged: bool = True
+) -> int:
     """Write a checkpointed step (None: the newest) of a run as float32 safetensors; returns it.
 
-    Raises CheckpointError if the run has no such checkpoint.
+    Of a run with `ema_decay` the average is written, unless told otherwise. Raises
+    CheckpointError if the run has no such checkpoint.
     """
     if not run.is_dir():
         raise CheckpointError(
@@ -37,11 +40,13 @@ def export(run: Path, out: Path, step: int | None, tokenizer: Path | None = None
                 f"step must be a checkpointed one, but {run} has {known or 'none'} and "
                 f"{'none was' if step is None else step} asked for; choose one of them."
             )
-        model = checkpoints.identity(step).model
+        identity = checkpoints.identity(step)
+        model = identity.model
+        averaged = averaged and identity.settings.get("ema_decay") is not None
         shapes = jax.eval_shape(partial(gemma2.init_params, model), jax.random.key(0))
         host = SingleDeviceSharding(jax.local_devices()[0])
         abstract = meshes.abstract(shapes, jax.tree.map(lambda _: host, shapes))
-        write(out, model, checkpoints.restore_params(step, abstract), tokenizer)
+        write(out, model, checkpoints.restore_params(step, abstract, averaged), tokenizer)
         return step
 
 

@@ -6,10 +6,8 @@ step needs is a function of its number, so a run that was cut off continues bit 
 """
 
 import json
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,40 +21,31 @@ from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import presets
 from gemma2.placement import check_model
 from schemas.base import Document
-from schemas.errors import ConfigError, DivergenceError
+from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
-from student_train import alignment, export
+from student_train import alignment, export, trackers
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, RunIdentity
-from student_train.data import StoreSource, place, prefetch, row_order
+from student_train.data import Batch, StoreSource, place, prefetch, row_order
+from student_train.dry_run import DryRun, measure
 from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
 from student_train.interrupt import Interrupt, watch
 from student_train.metrics import Metrics
+from student_train.report import Reporter, TrainEvent, rows_and_shards
+from student_train.routing import definite
 from student_train.step import (
     State,
-    StepMetrics,
     abstract_state,
     init_state,
     make_head,
     make_state,
     make_train_step,
 )
+from student_train.throughput import Work, timed
 
 RESULT_FILE = "result.json"
 ALIGNMENT_SEQUENCES = 16
-
-
-@dataclass(frozen=True)
-class TrainEvent:
-    """Told to the caller after every step, and while evaluating."""
-
-    step: int
-    """Steps done."""
-    note: str
-    """A few words for a console line."""
-    record: dict[str, Any] | None = None
-    """The record that was just written to the metrics, if any."""
 
 
 OnEvent = Callable[[TrainEvent], None]
@@ -121,6 +110,26 @@ def train(
         return result
 
 
+def dry_run(config: TrainConfig, devices: Sequence[Any] | None = None) -> DryRun:
+    """What `train` would do, found by a few of its own steps; nothing is written.
+
+    Raises what `train` raises before its first step.
+    """
+    with watch(None) as interrupt:
+        run = _Run(config, None, None, lambda event: None, interrupt, devices)
+        run.check_alignment()
+        train_step = make_train_step(run.model, run.config, run.head, run.mesh)
+        return measure(
+            run.config,
+            run.source,
+            run.work(),
+            train_step,
+            run.abstract,
+            run.new_state,
+            run.batch,
+        )
+
+
 class _Run:
     """One call of `train`: what is fixed before the first step."""
 
@@ -133,15 +142,17 @@ class _Run:
         interrupt: Interrupt,
         devices: Sequence[Any] | None,
     ):
-        self.config, self.tell, self.interrupt = config, tell, interrupt
+        self.config = config = definite(config)
+        self.tell, self.interrupt = tell, interrupt
         self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
+        trackers.check(config)
         self.model = presets.resolve(config.model)
         self.source = StoreSource(config.store, config.targets)
         vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
         check_vocabulary(self.model, vocab_size, config.store)
         self.mesh = meshes.make_mesh(config.mesh, devices)
         check_model(self.model, self.mesh)
-        meshes.check_batch(self.mesh, config.batch_sequences)
+        meshes.check_batch(self.mesh, config.batch_sequences, config.accumulate)
         self.identity = RunIdentity.of(config, self.model, self.source)
         self.order = row_order(self.source, config.seed)
         self.abstract = abstract_state(self.model, config, self.mesh)
@@ -153,12 +164,14 @@ class _Run:
         finished = self._finished()
         if finished is not None:
             return finished
-        if self.source.targets_manifest is not None:
-            self._check_alignment()
+        self.check_alignment()
         with Checkpoints(self.config.out, self.config.keep_checkpoints) as checkpoints:
             state, resumed_from = self._first_state(checkpoints)
             with Metrics(
-                self.config.out, resumed_from or 0, silent=jax.process_index() != 0
+                self.config.out,
+                resumed_from or 0,
+                silent=jax.process_index() != 0,
+                open_trackers=partial(trackers.open_trackers, self.config),
             ) as metrics:
                 state, evaluation = self._run(state, checkpoints, metrics)
             checkpoints.save(state, self.identity)
@@ -194,7 +207,7 @@ class _Run:
     ) -> TrainResult:
         out = self.config.out
         folder = out / export.EXPORT_FOLDER
-        export.write(folder, self.model, state.params, self.tokenizer)
+        export.write(folder, self.model, state.result, self.tokenizer)
         checkpoint = checkpoints.folder / str(self.config.steps)
         finished = _Finished(
             run=self.identity,
@@ -208,10 +221,12 @@ class _Run:
             _write_atomically(out / RESULT_FILE, finished.model_dump_json(indent=2))
         return TrainResult(evaluation, metrics.path, checkpoint, folder, resumed_from, reused=False)
 
-    def _check_alignment(self) -> None:
+    def check_alignment(self) -> None:
+        """Raise AlignmentError if there are targets and they do not belong to their tokens."""
+        if self.source.targets_manifest is None:
+            return
         count = min(ALIGNMENT_SEQUENCES, self.order.num_rows)
         batch = self.source.read(np.unique(self.order.rows(0, count)))
-        assert self.source.targets_manifest is not None
         sampler = self.source.targets_manifest.sampler
         alignment.check_alignment(batch, sampler, f"'{self.config.targets}' of {self.config.store}")
 
@@ -222,15 +237,18 @@ class _Run:
             where = checkpoints.folder / str(known[-1])
             self.identity.check(checkpoints.identity(known[-1]), where)
             return checkpoints.restore(known[-1], self.abstract), known[-1]
+        return self.new_state(), None
+
+    def new_state(self) -> State:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if self.config.init is None:
             make = partial(make_state, self.model, self.config)
-            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed)), None
+            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed))
         found, params = gemma2_checkpoint.load(self.config.init, dtype=np.float32)
         _check_init(found, self.model, self.config.init)
         params = jax.device_put(params, shardings.params)
         make = partial(init_state, config=self.config)
-        return jax.jit(make, out_shardings=shardings)(params), None
+        return jax.jit(make, out_shardings=shardings)(params)
 
     def _run(
         self, state: State, checkpoints: Checkpoints, metrics: Metrics
@@ -238,23 +256,19 @@ class _Run:
         """All remaining steps; returns the last state and its evaluation."""
         config = self.config
         train_step = make_train_step(self.model, config, self.head, self.mesh)
-        reporter = _Reporter(config, self.source.tokens_manifest.sequence_tokens, metrics)
-        where = meshes.rows_sharding(self.mesh)
+        reporter = self._reporter(checkpoints, metrics)
         evaluator = self._evaluator()
-
-        def batch_of(step: int) -> Any:
-            return place(self.order.rows(step, config.batch_sequences), self.source.read, where)
 
         first = int(state.step)
         # A run that was cut off between a checkpoint and its evaluation makes up for it here.
         evaluation = self._evaluate(evaluator, first, state, checkpoints, metrics)
-        batches = prefetch(batch_of, first, config.steps)
+        batches = prefetch(self.batch, first, config.steps)
         try:
-            for step, batch in batches:
+            for (step, batch), waited_seconds in timed(batches):
                 state, step_metrics = train_step(state, batch)
                 done = step + 1
                 # One step is under way while the one before it is read: the device never waits.
-                self._tell_all(reporter.add(done, step_metrics))
+                self._tell_all(reporter.add(done, step_metrics, waited_seconds))
                 asked = self._is_asked_to_stop(done)
                 if asked or done % config.checkpoint_every == 0 or done == config.steps:
                     self._tell_all(reporter.flush())
@@ -265,10 +279,35 @@ class _Run:
                 if self._is_evaluated(done):
                     self._tell_all(reporter.flush())
                     evaluation = self._evaluate(evaluator, done, state, checkpoints, metrics)
-                    reporter.pause()
+                    reporter.resume()
         finally:
             batches.close()
         return state, evaluation
+
+    def batch(self, step: int) -> Batch:
+        rows = self.order.rows(step, self.config.batch_sequences)
+        return place(rows, self.source.read, meshes.rows_sharding(self.mesh))
+
+    def work(self) -> Work:
+        length = self.source.tokens_manifest.sequence_tokens
+        return Work.of(self.config, self.model, length, list(self.mesh.devices.flat))
+
+    def _reporter(self, checkpoints: Checkpoints, metrics: Metrics) -> Reporter:
+        config, manifest = self.config, self.source.tokens_manifest
+
+        def rows_of(step: int) -> dict[str, list[int]]:
+            rows = self.order.rows(step, config.batch_sequences)
+            return rows_and_shards(rows, manifest.shard_sequences)
+
+        def checkpoint_until(step: int) -> Path | None:
+            known = checkpoints.steps()
+            if not known:
+                return None
+            # Where all from before are gone, the oldest: skipped steps changed no parameters.
+            before = [number for number in known if number <= step]
+            return checkpoints.folder / str(before[-1] if before else known[0])
+
+        return Reporter(config, self.work(), metrics, rows_of, checkpoint_until)
 
     def _is_asked_to_stop(self, step: int) -> bool:
         """Several hosts must agree, which costs a round trip: they ask when they log."""
@@ -311,72 +350,20 @@ class _Run:
                 checkpoints.wait()
                 self.interrupt.raise_at(step)
 
-        evaluation = evaluator(state.params, on_rows)
+        evaluation = evaluator(state.result, on_rows)
         record = {
             "step": step,
             "eval_nats_per_token": evaluation.nats_per_token,
             "eval_bits_per_byte": evaluation.bits_per_byte,
         }
         metrics.write(record)
-        self.tell(TrainEvent(step, f"held out {evaluation.nats_per_token:.4f}", record))
+        text = f"held out {evaluation.nats_per_token:.4f}"
+        self.tell(TrainEvent(step, text, record, f"step {step}: {text} nats per token"))
         return evaluation
 
     def _tell_all(self, events: list[TrainEvent]) -> None:
         for event in events:
             self.tell(event)
-
-
-class _Reporter:
-    """Reads each step's metrics one step late, and writes those of every `log_every`-th step."""
-
-    def __init__(self, config: TrainConfig, sequence_tokens: int, metrics: Metrics):
-        self._config, self._metrics = config, metrics
-        self._tokens_per_step = config.batch_sequences * sequence_tokens
-        self._waiting: tuple[int, StepMetrics] | None = None
-        self._note = ""
-        self._steps = 0
-        self._since: float | None = None
-
-    def pause(self) -> None:
-        """Leave what happens until the next step is done (compilation, evaluation) out of rates."""
-        self._since = None
-
-    def add(self, step: int, metrics: StepMetrics) -> list[TrainEvent]:
-        """Take a step that was just dispatched; returns the events of the one before."""
-        events = self.flush()
-        self._waiting = (step, metrics)
-        return events
-
-    def flush(self) -> list[TrainEvent]:
-        """Wait for the step taken last. Raises DivergenceError if its loss is not a number."""
-        if self._waiting is None:
-            return []
-        step, device_metrics = self._waiting
-        self._waiting = None
-        values = {name: float(value) for name, value in device_metrics._asdict().items()}
-        if not math.isfinite(values["loss"]):
-            raise DivergenceError(
-                f"The loss must be finite, but at step {step} it is {values['loss']}; lower "
-                "optimizer.learning_rate and continue from the last checkpoint under another `out`."
-            )
-        now = time.perf_counter()
-        if self._since is None:
-            self._steps, self._since = 0, now
-        else:
-            self._steps += 1
-        self._note = f"loss {values['loss']:.4f}"
-        if step % self._config.log_every and step != self._config.steps:
-            return [TrainEvent(step, self._note)]
-        rate = None
-        if self._steps:
-            rate = round(self._steps * self._tokens_per_step / (now - self._since), 1)
-            self._steps, self._since = 0, now
-        if self._config.targets is None:
-            for name in ("kd", "kl", "teacher_entropy", "teacher_ce"):
-                del values[name]
-        record = {"step": step, **values, "tokens_per_second": rate}
-        self._metrics.write(record)
-        return [TrainEvent(step, self._note, record)]
 
 
 def _check_init(found: ModelConfig, wanted: ModelConfig, folder: Path) -> None:

@@ -39,13 +39,16 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROW_AXES))
 
 
-def check_batch(mesh: Mesh, batch_sequences: int) -> None:
-    """Raise ConfigError unless each device gets the same number of rows, at least one."""
-    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+def check_batch(mesh: Mesh, batch_sequences: int, accumulate: int = 1) -> None:
+    """Raise ConfigError unless each device gets as many rows of each micro-batch, at least one."""
+    devices = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    parts = devices * accumulate
     if batch_sequences % parts:
+        micro_batches = "" if accumulate == 1 else f" times {accumulate} micro-batches"
         raise ConfigError(
-            f"batch_sequences must be a multiple of the {parts} devices of replica x fsdp, but it "
-            f"is {batch_sequences}; use {-(-batch_sequences // parts) * parts}."
+            f"batch_sequences must be a multiple of the {devices} devices of replica x fsdp"
+            f"{micro_batches}, but it is {batch_sequences}; use "
+            f"{-(-batch_sequences // parts) * parts}."
         )
 
 

@@ -1,15 +1,19 @@
-"""What a run reports: JSON lines, one a record, and TensorBoard. Both survive a resume.
+"""What a run reports: JSON lines, one a record, TensorBoard, and trackers that were asked for.
 
 A record belongs to a step. On a resume everything after the restored step is cut away, so that no
-step is ever reported twice.
+step is ever reported twice. Trackers keep what they got: of a step that is done again they get the
+same numbers again.
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from student_train.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -18,13 +22,22 @@ TENSORBOARD_FOLDER = "tensorboard"
 class Metrics:
     """Writes records of a run under its `out` folder; use as a context manager."""
 
-    def __init__(self, out: Path, restored_step: int, *, silent: bool = False):
+    def __init__(
+        self,
+        out: Path,
+        restored_step: int,
+        *,
+        silent: bool = False,
+        open_trackers: Callable[[], list[Tracker]] = list,
+    ):
         """Continue after `restored_step` (0: start anew). All hosts but one are `silent`."""
         self.path = out / METRICS_FILE
         self._silent = silent
+        self._trackers: list[Tracker] = []
         if silent:
             return
         out.mkdir(parents=True, exist_ok=True)
+        self._trackers = open_trackers()
         self._kept = _truncate(self.path, restored_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
@@ -37,9 +50,16 @@ class Metrics:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, record["step"])
+        numbers = {
+            name: float(value)
+            for name, value in record.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, record["step"])
+        # The record of a skipped step has none.
+        for tracker in self._trackers if numbers else ():
+            tracker.write(record["step"], numbers)
 
     def _has(self, record: dict[str, Any]) -> bool:
         return any(
@@ -51,6 +71,8 @@ class Metrics:
             return
         self._file.close()
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> "Metrics":
         return self

@@ -1,49 +1,41 @@
-"""AdamW with a global-norm clip, warm-up and a cosine; norms are not decayed."""
+"""AdamW with a global-norm clip, at a rate that depends on the step alone; norms do not decay."""
 
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from schemas.runs import OptimizerConfig
+from student_train.schedules import learning_rate
 
 
-def learning_rate(config: OptimizerConfig, steps: int, step: Any) -> jax.Array:
-    """float32 rate of the 0-based `step` of `steps`.
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run of `steps` steps; `update` takes the 0-based `step` by name.
 
-    Step 0 is not wasted at 0: the warm-up ends at the peak on its last step; the cosine reaches
-    `final_fraction` of the peak on the last step.
+    The rate is that of the run's step, not of a count of updates: a step that was skipped does not
+    shift the schedule.
     """
-    step = jnp.asarray(step, jnp.float32)
-    peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
-    span = max(1, steps - 1 - config.warmup_steps)
-    done = jnp.clip((step - config.warmup_steps) / span, 0.0, 1.0)
-    cosine = floor + (peak - floor) * 0.5 * (1 + jnp.cos(math.pi * done))
-    warm = peak * (step + 1) / max(1, config.warmup_steps)
-    return jnp.where(step < config.warmup_steps, warm, cosine)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` steps."""
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lambda step: learning_rate(config, steps, step),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        _scale_by_rate(config, steps),
     )
 
-    def update(*args: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any, *, step: Any) -> Any:
         # optax raises a float to an int32 count, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            return chain.update(*args)
+            return chain.update(updates, state, params, step=step)
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _scale_by_rate(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any) -> Any:
+        rate = learning_rate(config, steps, step)
+        return jax.tree.map(lambda update: -rate * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def decayed(params: Any) -> Any:

@@ -4,6 +4,7 @@ Both are made from static descriptions alone, so that they compile ahead of time
 are not there. Labels and masks are made here, from tokens and segment ids.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,36 +21,71 @@ from schemas.manifest import TargetsManifest
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
 from student_train import mesh as meshes
+from student_train import schedules
+from student_train.average import averaged
 from student_train.data import Batch
 from student_train.entries import entry_positions
+from student_train.guard import Guard, judge, new_guard, norm_limit
 from student_train.loss import Head, LossSums, Targets, sparse_target_loss
-from student_train.optimizer import learning_rate, make_optimizer
+from student_train.optimizer import make_optimizer
 
 
 class State(NamedTuple):
-    """All that a step changes: float32 master weights, the optimizer's state, steps done."""
+    """All that a step changes; what decides a run's next step is here, in its batch or constant."""
 
     params: Any
+    """float32 master weights."""
     opt_state: Any
     step: jax.Array
+    """int32 [], steps done, skipped ones included."""
+    guard: Guard
+    ema: Any = None
+    """The average of the parameters, float32; None without `ema_decay`."""
+
+    @property
+    def result(self) -> Any:
+        """The parameters that are evaluated and exported."""
+        return self.params if self.ema is None else self.ema
 
 
-class StepMetrics(NamedTuple):
-    """float32 scalars of one step; all but the last two are means over predicted positions."""
+class BatchMeans(NamedTuple):
+    """float32 scalars, means over the predicted positions of a whole batch, in nats."""
 
     loss: jax.Array
     kd: jax.Array
-    """Cross-entropy against the stored targets, m·logsumexp - Σ p̂ s, in nats."""
+    """Cross-entropy against the stored targets, m·logsumexp - Σ p̂ s."""
     ce: jax.Array
-    """Cross-entropy of the next token, in nats."""
+    """Cross-entropy of the next token."""
+    teacher_entropy: jax.Array
+    teacher_ce: jax.Array
+    """The teacher's own cross-entropy of the next token."""
+    routed_share: jax.Array
+    """Share of the positions that learn from their label alone."""
+
+
+class StepMetrics(NamedTuple):
+    """float32 scalars of one step; BatchMeans says what the first six are."""
+
+    loss: jax.Array
+    kd: jax.Array
+    ce: jax.Array
     kl: jax.Array
     """kd less the teacher's entropy: for unbiased targets of mean KL(teacher || student)."""
     teacher_entropy: jax.Array
     teacher_ce: jax.Array
-    """The teacher's own cross-entropy of the next token."""
+    routed_share: jax.Array
+    alpha: jax.Array
+    learning_rate: jax.Array
     grad_norm: jax.Array
     """Before clipping."""
-    learning_rate: jax.Array
+    grad_norm_limit: jax.Array
+    """Above this the step is skipped; infinite while too little is known."""
+    param_norm: jax.Array
+    """After the step."""
+    update_norm: jax.Array
+    """Of what was added to the parameters; 0 if the step was skipped."""
+    bad_in_a_row: jax.Array
+    """Steps skipped since the last good one, this one included: 0 if it was good."""
 
 
 class RowScores(NamedTuple):
@@ -95,7 +131,9 @@ def make_state(model: ModelConfig, config: TrainConfig, key: jax.Array) -> State
 def init_state(params: Any, config: TrainConfig) -> State:
     """The state before the first step, from given float32 parameters."""
     optimizer = make_optimizer(config.optimizer, config.steps)
-    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    # A copy: the state is donated, and no array can be donated twice.
+    ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32), new_guard(), ema)
 
 
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
@@ -155,14 +193,26 @@ def make_loss(
     return loss
 
 
+# The loss mixes the two terms by one alpha, and here alpha differs by position. At one half,
+# weights that are twice as large say the same, exactly.
+_HALF = 0.5
+
+
 def make_objective(
     model: ModelConfig, config: TrainConfig, head: Head, mesh: Mesh
-) -> Callable[[Any, Batch, Any], tuple[jax.Array, StepMetrics]]:
-    """(params, batch, alpha) → (mean loss, metrics without the optimizer's two); differentiable."""
+) -> Callable[[Any, Batch, Any, jax.Array | None], tuple[jax.Array, BatchMeans]]:
+    """(params, batch, alpha, positions=None) → (loss, means), differentiable.
+
+    Sums over the batch are divided by `positions`, float32 []: its predicted positions, or those of
+    the whole of which it is a part. Of a position that is routed off by the teacher's entropy the
+    label gets all the weight, whatever alpha is.
+    """
     loss = make_loss(head, mesh)
     rows = meshes.rows_sharding(mesh)
 
-    def objective(params: Any, batch: Batch, alpha: Any) -> tuple[jax.Array, StepMetrics]:
+    def objective(
+        params: Any, batch: Batch, alpha: Any, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, BatchMeans]:
         hidden = gemma2.hidden_states(
             params,
             model,
@@ -174,9 +224,12 @@ def make_objective(
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         weight = predicted(jnp.asarray(batch.segment_ids)).astype(jnp.float32)
+        entropy = jnp.asarray(batch.teacher_entropy)
+        routed = weight * is_routed(config, entropy)
+        target_weight = alpha * (weight - routed)
         targets = Targets(
             labels=next_tokens(jnp.asarray(batch.tokens)),
-            label_weight=weight,
+            label_weight=(weight - target_weight) / _HALF,
             entry_id=jnp.asarray(batch.entry_id),
             entry_position=entry_positions(
                 jnp.asarray(batch.head_count),
@@ -185,25 +238,81 @@ def make_objective(
                 batch.entry_id.shape[1],
             ),
             entry_weight=jnp.asarray(batch.entry_weight),
-            entry_scale=weight,
+            entry_scale=target_weight / _HALF,
         )
-        sums = loss(hidden, gemma2.embedding(params), targets, alpha)
-        # A batch of padding alone has no predicted position, and no gradient.
-        count = jnp.maximum(jnp.sum(weight), 1.0)
-        entropy = jnp.sum(weight * batch.teacher_entropy) / count
-        metrics = StepMetrics(
-            loss=sums.loss / count,
-            kd=sums.kd / count,
-            ce=sums.ce / count,
-            kl=sums.kd / count - entropy,
-            teacher_entropy=entropy,
-            teacher_ce=-jnp.sum(weight * batch.label_logprob) / count,
-            grad_norm=jnp.zeros(()),
-            learning_rate=jnp.zeros(()),
+        sums = loss(hidden, gemma2.embedding(params), targets, _HALF)
+        means = BatchMeans(
+            loss=sums.loss,
+            kd=jnp.sum(weight * sums.position_kd),
+            ce=jnp.sum(weight * sums.position_ce),
+            teacher_entropy=jnp.sum(weight * entropy),
+            teacher_ce=-jnp.sum(weight * batch.label_logprob),
+            routed_share=jnp.sum(routed),
         )
-        return metrics.loss, metrics
+        count = predicted_positions(batch) if positions is None else positions
+        means = BatchMeans(*(total / count for total in means))
+        return means.loss, means
 
     return objective
+
+
+def is_routed(config: TrainConfig, teacher_entropy: jax.Array) -> jax.Array:
+    """float32 of the entropy's shape, 1 where a position learns from its label alone."""
+    below = config.routing.below_nats
+    if below is None:
+        return jnp.zeros_like(teacher_entropy)
+    return (teacher_entropy < below).astype(jnp.float32)
+
+
+def predicted_positions(batch: Batch) -> jax.Array:
+    """float32 [], at least 1: a batch of padding alone has no position, and no gradient."""
+    return jnp.maximum(jnp.sum(predicted(jnp.asarray(batch.segment_ids)), dtype=jnp.float32), 1.0)
+
+
+def split_rows(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """The batch's arrays as [parts, B / parts, ...]: each device's own rows, cut into parts."""
+    devices = math.prod(mesh.shape[axis] for axis in meshes.ROW_AXES)
+    where = NamedSharding(mesh, P(None, meshes.ROW_AXES))
+
+    def split(array: jax.Array) -> jax.Array:
+        rest = array.shape[1:]
+        array = jnp.moveaxis(array.reshape(devices, parts, -1, *rest), 1, 0)
+        return jax.lax.with_sharding_constraint(array.reshape(parts, -1, *rest), where)
+
+    return jax.tree.map(split, batch)
+
+
+def make_gradients(
+    model: ModelConfig, config: TrainConfig, head: Head, mesh: Mesh
+) -> Callable[[Any, Batch, Any], tuple[Any, BatchMeans]]:
+    """(params, batch, alpha) → (float32 gradients of the mean loss, means over the batch).
+
+    With `accumulate`, micro-batch by micro-batch. Each is divided by the predicted positions of the
+    whole batch, so that the sums are its means however unevenly padding is spread.
+    """
+    objective = jax.grad(make_objective(model, config, head, mesh), has_aux=True)
+
+    def gradients(params: Any, batch: Batch, alpha: Any) -> tuple[Any, BatchMeans]:
+        where = meshes.state_shardings(params, mesh)
+        positions = predicted_positions(batch)
+
+        def of(part: Batch) -> tuple[Any, BatchMeans]:
+            found, means = objective(params, part, alpha, positions)
+            return jax.lax.with_sharding_constraint(found, where), means
+
+        if config.accumulate == 1:
+            return of(batch)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of(part)), None
+
+        parts = split_rows(batch, config.accumulate, mesh)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.lax.with_sharding_constraint(zeros, where)
+        nothing = BatchMeans(*[jnp.zeros(())] * len(BatchMeans._fields))
+        return jax.lax.scan(add, (zeros, nothing), parts)[0]
+
+    return gradients
 
 
 def make_train_step(
@@ -211,25 +320,45 @@ def make_train_step(
 ) -> Callable[[State, Batch], tuple[State, StepMetrics]]:
     """The step, jitted with explicit shardings: (state, batch) → (state, metrics).
 
-    The state is donated. Without stored targets in the config, alpha is 0. For compilation ahead of
-    time: `make_train_step(...).lower(abstract_state(...), abstract_batch(...)).compile()`.
+    The state is donated. A step that the guard finds bad changes nothing but the guard and the
+    number of steps. For compilation ahead of time:
+    `make_train_step(...).lower(abstract_state(...), abstract_batch(...)).compile()`.
     """
-    objective = make_objective(model, config, head, mesh)
+    gradients_of = make_gradients(model, config, head, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    alpha = 0.0 if config.targets is None else config.alpha
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
     everywhere = NamedSharding(mesh, P())
 
     def train_step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
-        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, batch, alpha)
-        gradients = jax.lax.with_sharding_constraint(gradients, where.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics = metrics._replace(
-            grad_norm=optax.global_norm(gradients),
-            learning_rate=learning_rate(config.optimizer, config.steps, state.step),
+        alpha = schedules.alpha(config, state.step)
+        gradients, means = gradients_of(state.params, batch, alpha)
+        grad_norm = optax.global_norm(gradients)
+        limit = norm_limit(state.guard, config.spike_factor)
+        is_good, guard = judge(state.guard, means.loss, grad_norm, limit)
+
+        def if_good(new: Any, old: Any) -> Any:
+            return jax.tree.map(partial(jnp.where, is_good), new, old)
+
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, step=state.step
         )
-        params = optax.apply_updates(state.params, updates)
-        return State(params, opt_state, state.step + 1), metrics
+        params = if_good(optax.apply_updates(state.params, updates), state.params)
+        ema = state.ema
+        if config.ema_decay is not None:
+            ema = if_good(averaged(ema, params, config.ema_decay, state.step), ema)
+        metrics = StepMetrics(
+            **means._asdict(),
+            kl=means.kd - means.teacher_entropy,
+            alpha=alpha,
+            learning_rate=schedules.learning_rate(config.optimizer, config.steps, state.step),
+            grad_norm=grad_norm,
+            grad_norm_limit=limit,
+            param_norm=optax.global_norm(params),
+            update_norm=jnp.where(is_good, optax.global_norm(updates), 0.0),
+            bad_in_a_row=guard.bad_in_a_row.astype(jnp.float32),
+        )
+        opt_state = if_good(opt_state, state.opt_state)
+        return State(params, opt_state, state.step + 1, guard, ema), metrics
 
     return jax.jit(
         train_step,

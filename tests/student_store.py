@@ -19,7 +19,7 @@ from schemas.manifest import (
     TokensManifest,
     identity,
 )
-from schemas.runs import OptimizerConfig, TrainConfig
+from schemas.runs import OptimizerConfig, RateSchedule, TrainConfig
 
 MODEL = {
     "vocab_size": 64,
@@ -186,7 +186,7 @@ def small_config(folder: Path, out: Path, **changes: object) -> TrainConfig:
         "dtype": "float32",
         "loss_chunk_tokens": 64,
         "remat": "none",
-        "optimizer": OptimizerConfig(learning_rate=5e-3, warmup_steps=5),
+        "optimizer": OptimizerConfig(learning_rate=5e-3, schedule=RateSchedule(warmup_steps=5)),
         "eval_store": str(held_out) if held_out.exists() else None,
         "checkpoint_every": 10,
         "log_every": 1,
