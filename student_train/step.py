@@ -276,8 +276,9 @@ def split_rows(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
     def split(array: jax.Array) -> jax.Array:
         rest = array.shape[1:]
-        array = jnp.moveaxis(array.reshape(devices, parts, -1, *rest), 1, 0)
-        return jax.lax.with_sharding_constraint(array.reshape(parts, -1, *rest), where)
+        rows = len(array) // (devices * parts)
+        array = jnp.moveaxis(array.reshape(devices, parts, rows, *rest), 1, 0)
+        return jax.lax.with_sharding_constraint(array.reshape(parts, devices * rows, *rest), where)
 
     return jax.tree.map(split, batch)
 
