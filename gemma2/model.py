@@ -7,20 +7,51 @@ no scale is folded into a weight.
 """
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax import checkpoint_policies as policies
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from gemma2 import attention as attention_kernels
+from gemma2.placement import Placement
 from schemas.errors import ConfigError
-from schemas.model import ModelConfig
+from schemas.model import ModelConfig, Remat
 
 Params = dict[str, Any]
-Remat = Literal["none", "full"]
+
+
+def _all_but_weights(primitive: Any, *_: Any, **options: Any) -> bool:
+    """Whatever is not a weight on its way: cast, gathered, or named as one."""
+    is_weight = options.get("name") == "weight"
+    return primitive.name not in ("convert_element_type", "sharding_constraint") and not is_weight
+
+
+# What of a layer pair is kept for the backward; the rest is computed again. Gathered weights never
+# are kept: each device would come to hold all of them.
+_POLICIES: dict[Remat, Any] = {
+    "none": _all_but_weights,
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names("attention"),
+    ),
+    "attention": policies.save_only_these_names("attention"),
+    "full": policies.nothing_saveable,
+}
+
+
+class Execution(NamedTuple):
+    """What is static about how the layers run."""
+
+    attention: str = "auto"
+    """The kernel's name."""
+    placement: Placement = Placement()
+
 
 # So few are not worth a loop, in which XLA on CPU does less in parallel.
 _UNROLLED_PAIRS = 2
@@ -44,15 +75,20 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = x @ kernel; kernel [inputs, outputs], no bias."""
 
-    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(
+        self, name: str, inputs: int, outputs: int, rngs: nnx.Rngs, param_dtype: DTypeLike
+    ):
+        self.name = name
         scale = inputs**-0.5
         self.kernel = nnx.Param(
             scale * jax.random.normal(rngs.params(), (inputs, outputs), param_dtype)
         )
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, execution: Execution) -> Array:
+        kernel = execution.placement.weight(self.name, self.kernel[...], x.dtype)
+        kernel = checkpoint_name(kernel, "weight")
         # As one matrix: XLA on CPU is three times slower at the gradient of a batched product.
-        rows = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1]) @ kernel
         return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -64,44 +100,45 @@ class Attention(nnx.Module):
     ):
         self.config, self.window = config, window
         d, h = config.d_model, config.head_size
-        self.query = Linear(d, config.num_heads * h, rngs, param_dtype)
-        self.key = Linear(d, config.num_kv_heads * h, rngs, param_dtype)
-        self.value = Linear(d, config.num_kv_heads * h, rngs, param_dtype)
-        self.output = Linear(config.num_heads * h, d, rngs, param_dtype)
+        self.query = Linear("query", d, config.num_heads * h, rngs, param_dtype)
+        self.key = Linear("key", d, config.num_kv_heads * h, rngs, param_dtype)
+        self.value = Linear("value", d, config.num_kv_heads * h, rngs, param_dtype)
+        self.output = Linear("output", config.num_heads * h, d, rngs, param_dtype)
 
-    def __call__(self, x: Array, segment_ids: Array, kernel: str) -> Array:
+    def __call__(self, x: Array, segment_ids: Array, execution: Execution) -> Array:
         config = self.config
         heads = (*x.shape[:2], -1, config.head_size)
-        query = rotate(self.query(x).reshape(heads), config.rope_base)
-        key = rotate(self.key(x).reshape(heads), config.rope_base)
+        query = rotate(self.query(x, execution).reshape(heads), config.rope_base)
+        key = rotate(self.key(x, execution).reshape(heads), config.rope_base)
         run = attention_kernels.choose(
-            kernel,
+            execution.attention,
             cap=config.attention_cap,
             window=self.window,
             head_size=config.head_size,
             backward=True,
         )
-        out = run(
+        out = execution.placement.attend(
+            partial(run, cap=config.attention_cap, window=self.window),
             query * jnp.asarray(config.query_scalar**-0.5, query.dtype),
             key,
-            self.value(x).reshape(heads),
+            self.value(x, execution).reshape(heads),
             segment_ids,
-            cap=config.attention_cap,
-            window=self.window,
         )
-        return self.output(out.reshape(*x.shape[:2], -1))
+        out = checkpoint_name(out, "attention")
+        return self.output(out.reshape(*x.shape[:2], -1), execution)
 
 
 class MLP(nnx.Module):
     """GeGLU with the tanh approximation of GELU."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype: DTypeLike):
-        self.gate = Linear(config.d_model, config.mlp_width, rngs, param_dtype)
-        self.up = Linear(config.d_model, config.mlp_width, rngs, param_dtype)
-        self.down = Linear(config.mlp_width, config.d_model, rngs, param_dtype)
+        self.gate = Linear("gate", config.d_model, config.mlp_width, rngs, param_dtype)
+        self.up = Linear("up", config.d_model, config.mlp_width, rngs, param_dtype)
+        self.down = Linear("down", config.mlp_width, config.d_model, rngs, param_dtype)
 
-    def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+    def __call__(self, x: Array, execution: Execution) -> Array:
+        gate = jax.nn.gelu(self.gate(x, execution), approximate=True)
+        return self.down(gate * self.up(x, execution), execution)
 
 
 class Layer(nnx.Module):
@@ -116,10 +153,11 @@ class Layer(nnx.Module):
         self.attention = Attention(config, window, rngs, param_dtype)
         self.mlp = MLP(config, rngs, param_dtype)
 
-    def __call__(self, x: Array, segment_ids: Array, kernel: str) -> Array:
-        mixed = self.attention(self.pre_attention_norm(x), segment_ids, kernel)
+    def __call__(self, x: Array, segment_ids: Array, execution: Execution) -> Array:
+        rows = execution.placement.rows
+        mixed = rows(self.attention(self.pre_attention_norm(x), segment_ids, execution))
         x = x + self.post_attention_norm(mixed)
-        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        return x + self.post_mlp_norm(rows(self.mlp(self.pre_mlp_norm(x), execution)))
 
 
 class LayerPair(nnx.Module):
@@ -129,8 +167,9 @@ class LayerPair(nnx.Module):
         self.local_layer = Layer(config, config.window_tokens, rngs, param_dtype)
         self.global_layer = Layer(config, None, rngs, param_dtype)
 
-    def __call__(self, x: Array, segment_ids: Array, kernel: str) -> Array:
-        return self.global_layer(self.local_layer(x, segment_ids, kernel), segment_ids, kernel)
+    def __call__(self, x: Array, segment_ids: Array, execution: Execution) -> Array:
+        x = self.local_layer(x, segment_ids, execution)
+        return self.global_layer(x, segment_ids, execution)
 
 
 class Gemma2(nnx.Module):
@@ -153,23 +192,20 @@ class Gemma2(nnx.Module):
         segment_ids: Array,
         *,
         dtype: DTypeLike,
-        remat: Remat = "none",
-        attention: str = "auto",
+        remat: Remat,
+        execution: Execution,
     ) -> Array:
         """Final normalised hidden states [B, T, D] in `dtype`. Raises ConfigError."""
-        if remat not in get_args(Remat):
-            raise ConfigError(
-                f"remat must be one of {', '.join(get_args(Remat))}, but it is '{remat}'."
-            )
-        x = self.embedding[...].astype(dtype)[tokens]
+        if remat not in _POLICIES:
+            raise ConfigError(f"remat must be one of {', '.join(_POLICIES)}, but it is '{remat}'.")
+        x = execution.placement.embed(self.embedding[...], tokens, dtype)
         x = x * jnp.asarray(self.config.d_model**0.5, dtype)
         definition, stacked = nnx.split(self.pairs)
 
         def body(x: Array, pair: Any) -> tuple[Array, None]:
-            return nnx.merge(definition, pair)(x, segment_ids, attention), None
+            return nnx.merge(definition, pair)(x, segment_ids, execution), None
 
-        if remat == "full":
-            body = jax.checkpoint(body)
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
         pairs = self.config.num_layers // 2
         x, _ = jax.lax.scan(body, x, stacked, unroll=pairs <= _UNROLLED_PAIRS)
         return self.final_norm(x)
@@ -202,14 +238,21 @@ def hidden_states(
     dtype: DTypeLike,
     remat: Remat = "none",
     attention: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Array:
     """Final normalised hidden states [B, T, D] in `dtype`, of tokens and segment ids [B, T].
+
+    Over a mesh, rows and parameters lie as `gemma2.placement` says.
 
     Attention is causal and never crosses segment ids; segment 0 is padding, whose states are
     finite and mean nothing. Raises ConfigError for an unknown remat policy or attention kernel.
     """
     return _merge(params, config)(
-        tokens, segment_ids, dtype=dtype, remat=remat, attention=attention
+        tokens,
+        segment_ids,
+        dtype=dtype,
+        remat=remat,
+        execution=Execution(attention, Placement(mesh)),
     )
 
 

@@ -1,10 +1,12 @@
 """The model's configuration: everything that decides Gemma 2's shape and arithmetic."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from schemas.base import Document
+
+Remat = Literal["none", "dots", "attention", "full"]
 
 
 class ModelConfig(Document):

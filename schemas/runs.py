@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from schemas.accelerators import ACCELERATORS
 from schemas.base import Document
 from schemas.manifest import MOST_POINTS, SamplerName, SamplerSpec
+from schemas.model import Remat
 
 DEFAULT_SEQUENCE_TOKENS = 8192
 DEFAULT_SHARD_SEQUENCES = 256
@@ -171,7 +172,12 @@ class TrainConfig(Document):
     loss_chunk_tokens: int = Field(
         1024, ge=1, description="Tokens whose logits exist at once in the loss."
     )
-    remat: Literal["none", "full"] = Field("full", description="What the backward recomputes.")
+    remat: Remat = Field(
+        "full",
+        description="What of a pair of layers the backward computes again: none; all but the "
+        "linear layers' and the attention's outputs (dots); all but the attention's (attention); "
+        "full.",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     eval_store: str | None = Field(None, description="Store with held-out tokens.")

@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import presets
+from gemma2.placement import check_model
 from schemas.base import Document
 from schemas.errors import ConfigError, DivergenceError
 from schemas.model import ModelConfig
@@ -139,6 +140,7 @@ class _Run:
         vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
         check_vocabulary(self.model, vocab_size, config.store)
         self.mesh = meshes.make_mesh(config.mesh, devices)
+        check_model(self.model, self.mesh)
         meshes.check_batch(self.mesh, config.batch_sequences)
         self.identity = RunIdentity.of(config, self.model, self.source)
         self.order = row_order(self.source, config.seed)

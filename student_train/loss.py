@@ -8,6 +8,7 @@ logits are never formed twice. No model and no store is known here: hidden state
 and arrays of entries come in.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,6 +74,8 @@ class Head(NamedTuple):
     """Inside shard_map: the mesh axis over which the table is sharded."""
     table_dimension: int = 0
     """The dimension of the table that `table_axis` shards."""
+    vocab_axis: str | None = None
+    """Inside shard_map: the mesh axis that cuts the vocabulary; each device has a run of ids."""
     batch_axes: tuple[str, ...] = ()
     """Inside shard_map: the mesh axes over which the rows are sharded."""
 
@@ -87,7 +90,8 @@ def sparse_target_loss(
         products read; they accumulate in float32.
       table: [V, D] tied embedding in its master dtype. Inside shard_map with `head.table_axis`
         set: this device's part, gathered here in the compute dtype; its gradient comes back
-        summed over `head.batch_axes` and scattered as the table is.
+        summed over `head.batch_axes` and scattered as the table is. With `head.vocab_axis` its
+        rows are a part of the vocabulary, and the devices of that axis share what they find.
       targets: of these B rows.
       alpha: weight of the stored targets, a Python float or a scalar that may be traced.
       head: static description.
@@ -205,6 +209,7 @@ def _scan_chunks(
         if not with_gradients:
             return None, (losses, None)
         dx = jnp.einsum("cv,vd->cd", gradient, weights, preferred_element_type=jnp.float32)
+        dx = _over_vocabulary(head, lax.psum, dx)
         dw = jnp.einsum("cv,cd->vd", gradient, chunk.hidden, preferred_element_type=jnp.float32)
         return table_gradient + dw, (losses, dx.astype(hidden.dtype))
 
@@ -212,8 +217,11 @@ def _scan_chunks(
     carry: Any = None
     if with_gradients:
         carry = jnp.zeros(weights.shape, jnp.float32)
-        if head.batch_axes:
-            carry = lax.pcast(carry, head.batch_axes, to="varying")
+        varying = (
+            head.batch_axes if head.vocab_axis is None else (*head.batch_axes, head.vocab_axis)
+        )
+        if varying:
+            carry = lax.pcast(carry, varying, to="varying")
     carry, ((chunk_kd, chunk_ce), chunk_dx) = lax.scan(
         step, carry, _split_chunks(head, hidden, targets)
     )
@@ -253,22 +261,26 @@ def _chunk_loss(
     of the targets exists, and there is no adding scatter, which would be atomic on a GPU.
     """
     rows, width = logits.shape
-    known = lax.broadcasted_iota(jnp.int32, (rows, width), 1) < head.valid_vocab
+    first = 0 if head.vocab_axis is None else lax.axis_index(head.vocab_axis) * width
+    ids = first + lax.broadcasted_iota(jnp.int32, (rows, width), 1)
+    known = ids < head.valid_vocab
     capped, slope = _soft_cap(head.final_cap, logits)
     if head.final_cap is not None and head.final_cap <= LARGEST_CAP_WITHOUT_MAXIMUM:
         shift = jnp.zeros((rows,), jnp.float32)
     else:
         shift = jnp.max(jnp.where(known, capped, -jnp.inf), axis=1)
+        shift = _over_vocabulary(head, lax.pmax, shift)
     # Padded rows of the table are masked after the cap, which would make −inf finite.
     exponential = jnp.where(known, jnp.exp(capped - shift[:, None]), 0.0)
-    total = jnp.sum(exponential, axis=1)
+    total = _over_vocabulary(head, lax.psum, jnp.sum(exponential, axis=1))
     logsumexp = shift + jnp.log(total)
 
-    label_logit = jnp.take_along_axis(logits, chunk.labels[:, None], axis=1)[:, 0]
+    label_logit = _logits_of(head, logits, jnp.arange(rows), chunk.labels - first)
     ce = logsumexp - _soft_cap(head.final_cap, label_logit)[0]
 
     token = chunk.entry_token
-    entry_logit = logits[token, jnp.maximum(chunk.entry_id, 0)]
+    # Unused slots (−1) read any logit of their token; their weight is 0.
+    entry_logit = _logits_of(head, logits, token, jnp.maximum(chunk.entry_id, 0) - first)
     entry_capped, entry_slope = _soft_cap(head.final_cap, entry_logit)
     surprise = logsumexp[token] - entry_capped
     mass, kd = jnp.split(
@@ -285,7 +297,7 @@ def _chunk_loss(
     target_scale = alpha * chunk.entry_scale
     label_scale = (1 - alpha) * chunk.label_weight
     softmax_scale = target_scale * mass + label_scale
-    is_label = lax.broadcasted_iota(jnp.int32, (rows, width), 1) == chunk.labels[:, None]
+    is_label = ids == chunk.labels[:, None]
     gradient = slope * (
         exponential * (softmax_scale / total)[:, None]
         - jnp.where(is_label, label_scale[:, None], 0.0)
@@ -295,8 +307,9 @@ def _chunk_loss(
         - target_scale[token] * chunk.entry_weight
         - jnp.where(chunk.entry_id == chunk.labels[token], label_scale[token], 0.0)
     )
-    # Unused slots (−1) would wrap around to the last id; sent past the end they are dropped.
-    column = jnp.where(chunk.entry_id < 0, width, chunk.entry_id)
+    # Unused slots (−1), and ids of other devices, would wrap around; past the end they are dropped.
+    column = chunk.entry_id - first
+    column = jnp.where((chunk.entry_id < 0) | (column < 0), width, column)
     dtype = chunk.hidden.dtype
     gradient = (
         gradient.astype(dtype)
@@ -304,6 +317,23 @@ def _chunk_loss(
         .set(entry_gradient.astype(dtype), mode="drop", unique_indices=True)
     )
     return (kd, ce), gradient
+
+
+def _over_vocabulary(head: Head, combine: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """Combine what each device found in its part of the vocabulary."""
+    return x if head.vocab_axis is None else combine(x, head.vocab_axis)
+
+
+def _logits_of(head: Head, logits: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+    """float32 [N], logits[row, column] of the device whose part of the vocabulary has the column.
+
+    A column counts from this device's first id; it is the table's own if nothing cuts it.
+    """
+    if head.vocab_axis is None:
+        return logits[row, column]
+    is_own = (column >= 0) & (column < logits.shape[1])
+    found = jnp.where(is_own, logits[row, jnp.where(is_own, column, 0)], 0.0)
+    return lax.psum(found, head.vocab_axis)
 
 
 def _soft_cap(cap: float | None, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

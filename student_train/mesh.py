@@ -1,8 +1,7 @@
 """The device mesh and where each array lies on it.
 
-Axes: `replica` holds copies of the state (across slices), `fsdp` shards the parameters and the
-optimizer's state, rows of a batch lie over both; `model` is reserved for tensor parallelism. Only
-placements are decided here, nothing is computed.
+Which axis cuts which array is the model's own knowledge (`gemma2.placement`); here it meets a
+run's config. Only placements are decided here, nothing is computed.
 """
 
 import math
@@ -14,33 +13,23 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma2.placement import AXES, ROW_AXES, partition
 from schemas.errors import ConfigError
 from schemas.runs import MeshConfig
-
-AXES = ("replica", "fsdp", "model")
-ROW_AXES = ("replica", "fsdp")
-
-# Assumed: below this an all-gather's latency costs more than the bytes that sharding saves.
-REPLICATED_ELEMENTS = 2**12
-# Assumed: above this, 4 MiB of float32, a copy on every device is a mistake to be told about.
-LARGE_ELEMENTS = 2**20
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all `devices` (default: all of this job's). Raises ConfigError."""
     devices = list(jax.devices() if devices is None else devices)
-    if config.model != 1:
+    others = config.replica * config.model
+    fsdp = config.fsdp if config.fsdp != -1 else max(1, len(devices) // others)
+    if others * fsdp != len(devices):
         raise ConfigError(
-            f"mesh.model must be 1, as tensor parallelism is not supported yet, but it is "
-            f"{config.model}; use mesh.fsdp."
+            f"The mesh must use every device, but replica {config.replica} x fsdp {config.fsdp} x "
+            f"model {config.model} does not make {len(devices)} devices; set mesh.fsdp to -1 or "
+            "change the others."
         )
-    fsdp = config.fsdp if config.fsdp != -1 else max(1, len(devices) // config.replica)
-    if config.replica * fsdp != len(devices):
-        raise ConfigError(
-            f"The mesh must use every device, but replica {config.replica} x fsdp {config.fsdp} "
-            f"does not make {len(devices)} devices; set mesh.fsdp to -1 or change mesh.replica."
-        )
-    shape = (config.replica, fsdp, 1)
+    shape = (config.replica, fsdp, config.model)
     # make_mesh orders a pod's devices by its topology; it refuses lists of other lengths.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -58,31 +47,6 @@ def check_batch(mesh: Mesh, batch_sequences: int) -> None:
             f"batch_sequences must be a multiple of the {parts} devices of replica x fsdp, but it "
             f"is {batch_sequences}; use {-(-batch_sequences // parts) * parts}."
         )
-
-
-def partition(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where one array of the parameters or of the optimizer's state lies.
-
-    Sharded over fsdp on its largest dimension that divides; small arrays are replicated. Raises
-    ConfigError for a large one of which no dimension divides.
-    """
-    parts = mesh.shape["fsdp"]
-    size = math.prod(shape)
-    if parts == 1 or size < REPLICATED_ELEMENTS:
-        return P()
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    # Layer pairs are stacked on axis 0, which the scan slices: it must be whole on each device.
-    first = 1 if "pairs" in names else 0
-    dividing = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
-    if dividing:
-        chosen = max(dividing, key=lambda axis: shape[axis])
-        return P(*[None] * chosen, "fsdp")
-    if size >= LARGE_ELEMENTS:
-        raise ConfigError(
-            f"mesh.fsdp must divide a dimension of every large array, but {parts} divides none of "
-            f"{'.'.join(names)} {shape}; use another mesh.fsdp or mesh.replica."
-        )
-    return P()
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:

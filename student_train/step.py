@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma2 import model as gemma2
+from gemma2.placement import ROW_AXES, axes_of, fsdp_dimension, partition
 from schemas.manifest import TargetsManifest
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
@@ -128,19 +129,21 @@ def make_loss(
 ) -> Callable[[jax.Array, jax.Array, Targets, Any], LossSums]:
     """`sparse_target_loss` over a mesh: (hidden, table, targets, alpha) → sums over all devices.
 
-    Each device forms the logits of its own rows against the whole table, gathered in the compute
-    dtype; logits never leave their device.
+    Each device forms the logits of its own rows, and of its own part of the vocabulary if `model`
+    cuts it, against the table gathered over fsdp in the compute dtype; logits never leave their
+    device.
     """
-    rows: Any = P(meshes.ROW_AXES)
+    rows: Any = P(ROW_AXES)
     one: Any = P()
 
     def loss(hidden: jax.Array, table: jax.Array, targets: Targets, alpha: Any) -> LossSums:
-        where = meshes.partition(table_path, table.shape, mesh)
-        sharded = tuple(where).index("fsdp") if "fsdp" in tuple(where) else None
+        where = partition(table_path, table.shape, mesh)
+        gathered = fsdp_dimension(where)
         local = head._replace(
-            table_axis=None if sharded is None else "fsdp",
-            table_dimension=sharded or 0,
-            batch_axes=meshes.ROW_AXES,
+            table_axis=None if gathered is None else "fsdp",
+            table_dimension=gathered or 0,
+            vocab_axis="model" if "model" in axes_of(where, 0) else None,
+            batch_axes=ROW_AXES,
         )
         return jax.shard_map(
             partial(sparse_target_loss, head=local),
@@ -167,6 +170,7 @@ def make_objective(
             jnp.asarray(batch.segment_ids),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
+            mesh=mesh,
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         weight = predicted(jnp.asarray(batch.segment_ids)).astype(jnp.float32)
@@ -244,7 +248,9 @@ def make_eval_step(
 
     def eval_step(params: Any, piece_bytes: jax.Array, batch: Batch) -> RowScores:
         tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
-        hidden = gemma2.hidden_states(params, model, tokens, segment_ids, dtype=jnp.dtype(dtype))
+        hidden = gemma2.hidden_states(
+            params, model, tokens, segment_ids, dtype=jnp.dtype(dtype), mesh=mesh
+        )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         labels, mask = next_tokens(tokens), predicted(segment_ids)
         weight = mask.astype(jnp.float32)

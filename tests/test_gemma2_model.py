@@ -95,9 +95,52 @@ def test_remat_changes_no_gradient(params):
     def loss(params, remat):
         return jnp.sum(jnp.square(hidden(params, tokens, jnp.ones_like(tokens), remat=remat)))
 
-    plain, full = (jax.grad(loss)(params, remat) for remat in ("none", "full"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, full)
+    plain = jax.grad(loss)(params, "none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
+    for remat in ("dots", "attention", "full"):
+        other = jax.grad(loss)(params, remat)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other
+        )
+
+
+def kept(remat):
+    """(shape, dtype) of all that the backward is given, but for the parameters themselves."""
+    config = TINY.model_copy(update={"num_layers": 8})
+    params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 40), jnp.int32)
+
+    def residuals(params, tokens):
+        def run(params):
+            return model.hidden_states(
+                params, config, tokens, tokens, dtype=jnp.bfloat16, remat=remat
+            )
+
+        return jax.vjp(run, params)[1]
+
+    given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
+    found = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
+    return [x for x in found if (x.shape, x.dtype) not in given], jax.tree.leaves(params)
+
+
+def test_each_remat_policy_keeps_less_than_the_one_before():
+    sizes = [
+        sum(x.size * x.dtype.itemsize for x in kept(remat)[0])
+        for remat in ("none", "dots", "attention", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+    of_pairs = [x.shape for x in kept("full")[0] if x.shape[:1] == (4,)]
+    assert of_pairs == [(4, 2, 40, TINY.d_model)]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_no_weight_is_kept_in_the_compute_dtype(remat):
+    """Under fsdp it would be a gathered one, and each device would come to hold them all."""
+    residuals, params = kept(remat)
+    weights = {leaf.shape for leaf in params if leaf.ndim == 3}
+    assert weights
+    assert not [x for x in residuals if x.shape in weights]
 
 
 def test_bfloat16_is_near_float32(params):
@@ -138,8 +181,8 @@ def test_a_kernel_without_segments_is_refused_by_name(monkeypatch):
 
 def test_an_unknown_remat_policy_is_refused(params):
     ones = np.ones((1, 4), np.int32)
-    with pytest.raises(ConfigError, match="one of none, full, but it is 'dots'"):
-        hidden(params, ones, ones, remat="dots")
+    with pytest.raises(ConfigError, match="one of none, dots, attention, full, but it is 'half'"):
+        hidden(params, ones, ones, remat="half")
 
 
 def test_padding_alone_is_finite(params):

@@ -127,12 +127,12 @@ def test_each_setting_matters(reference, change):
 def _swap_layers(monkeypatch):
     call = model.LayerPair.__call__
 
-    def swapped(self, x, segments, kernel):
+    def swapped(self, x, segments, execution):
         self.local_layer.attention.window, self.global_layer.attention.window = (
             None,
             self.local_layer.attention.config.window_tokens,
         )
-        return call(self, x, segments, kernel)
+        return call(self, x, segments, execution)
 
     monkeypatch.setattr(model.LayerPair, "__call__", swapped)
 
@@ -165,9 +165,9 @@ def _no_unit_offset(monkeypatch):
 
 
 def _no_post_norms(monkeypatch):
-    def without(self, x, segments, kernel):
-        x = x + self.attention(self.pre_attention_norm(x), segments, kernel)
-        return x + self.mlp(self.pre_mlp_norm(x))
+    def without(self, x, segments, execution):
+        x = x + self.attention(self.pre_attention_norm(x), segments, execution)
+        return x + self.mlp(self.pre_mlp_norm(x), execution)
 
     monkeypatch.setattr(model.Layer, "__call__", without)
 

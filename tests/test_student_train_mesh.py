@@ -1,4 +1,4 @@
-"""Eight devices compute what one does, hold an eighth of the state each, and gather no logits."""
+"""Eight devices compute what one does, hold their part of the state each, and gather no logits."""
 
 import functools
 from pathlib import Path
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from student_store import BLOCK, ENTRIES, VOCAB, make_store
 
 from gemma2 import model as gemma2
+from gemma2.placement import check_model, partition
 from logit_store import codec
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig
@@ -33,22 +34,23 @@ MODEL = ModelConfig(
     d_model=64,
     num_layers=4,
     mlp_width=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=16,
-    query_scalar=16,
+    num_heads=16,
+    num_kv_heads=8,
+    head_size=8,
+    query_scalar=8,
     window_tokens=8,
 )
 CONFIG = TrainConfig(
     store="", out=Path("."), alpha=0.7, steps=20, batch_sequences=8, dtype="float32", remat="none"
 )
 CHUNK = 8
-MESHES = {
-    "one": (MeshConfig(), 1),
-    "fsdp 8": (MeshConfig(), 8),
-    "replica 2 fsdp 4": (MeshConfig(replica=2), 8),
-    "replica 8": (MeshConfig(replica=8, fsdp=1), 8),
+SHAPES = [(r, f, 8 // r // f) for r in (1, 2, 4, 8) for f in (1, 2, 4, 8) if r * f <= 8]
+MESHES = {"one": (MeshConfig(), 1), "model alone": (MeshConfig(model=2), 2)} | {
+    f"replica {r} fsdp {f} model {m}": (MeshConfig(replica=r, fsdp=f, model=m), 8)
+    for r, f, m in SHAPES
 }
+FSDP, MODEL_AXIS = "replica 1 fsdp 8 model 1", "replica 1 fsdp 1 model 8"
+MIXED = "replica 2 fsdp 2 model 2"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def loss_and_gradients(source: StoreSource, name: str) -> tuple[Any, Any]:
     return jax.device_get(metrics), jax.device_get(gradients)
 
 
-@pytest.mark.parametrize("name", ["fsdp 8", "replica 2 fsdp 4"])
+@pytest.mark.parametrize("name", list(MESHES)[1:])
 def test_losses_and_gradients_are_those_of_one_device(source: StoreSource, name: str) -> None:
     metrics, gradients = loss_and_gradients(source, name)
     expected_metrics, expected = loss_and_gradients(source, "one")
@@ -142,7 +144,7 @@ def run_steps(source: StoreSource, name: str, count: int = 4) -> tuple[list[floa
     return losses, state
 
 
-@pytest.mark.parametrize("name", ["fsdp 8", "replica 8"])
+@pytest.mark.parametrize("name", [FSDP, MODEL_AXIS, MIXED, "replica 8 fsdp 1 model 1"])
 def test_steps_are_those_of_one_device(source: StoreSource, name: str) -> None:
     expected, _ = run_steps(source, "one")
     losses, _ = run_steps(source, name)
@@ -159,54 +161,118 @@ def bytes_on(device: Any, tree: Any) -> int:
     )
 
 
-def test_each_device_holds_an_eighth_of_the_state(source: StoreSource) -> None:
-    whole = bytes_on(jax.devices()[0], setup(source, "one")[3])
-    _, state = run_steps(source, "fsdp 8", count=1)
+@pytest.mark.parametrize(("replica", "fsdp", "model"), SHAPES)
+def test_each_device_holds_its_part_of_the_state(
+    source: StoreSource, replica: int, fsdp: int, model: int
+) -> None:
+    """Parameters and the optimizer's state, before a step and after."""
+    whole = setup(source, "one")[3]
+    norms = sum(
+        leaf.nbytes
+        for path, leaf in jax.tree_util.tree_flatten_with_path(whole)[0]
+        if "norm" in jax.tree_util.keystr(path)
+    )
+    matrices = bytes_on(jax.devices()[0], whole) - norms
+    name = f"replica {replica} fsdp {fsdp} model {model}"
+    before = setup(source, name)[3]
+    after, _ = compiled_step(source, name)(before, setup(source, name)[2])
     for device in jax.devices():
-        # Norms are replicated, which keeps it a little above an eighth.
-        assert whole / 8 <= bytes_on(device, state) < whole / 7
+        # Norms are replicated; what is left over is a few counters.
+        assert bytes_on(device, after) - norms == pytest.approx(matrices / (fsdp * model), abs=64)
 
 
-def test_no_device_gathers_logits_or_forms_those_of_all_its_tokens(source: StoreSource) -> None:
-    """Of the arrays with a vocabulary dimension only the table is larger than a chunk's logits."""
+def test_a_step_needs_less_memory_the_more_devices_share_it(source: StoreSource) -> None:
+    """Arguments and temporaries of the compiled step, by the compiler's own count."""
+
+    def needed(name: str) -> float:
+        found = compiled_step(source, name).memory_analysis()
+        return found.argument_size_in_bytes + found.temp_size_in_bytes
+
+    # Of eight rows; whatever else is done, each mesh has an eighth of the rows or of the widths.
+    one = needed("one")
+    assert needed(FSDP) < one / 3
+    assert needed(MODEL_AXIS) < one / 3
+    assert needed(MIXED) < one / 2
+
+
+@pytest.mark.parametrize(("name", "parts"), [(FSDP, 1), (MODEL_AXIS, 8), (MIXED, 2)])
+def test_no_device_gathers_logits_or_forms_those_of_all_its_tokens(
+    source: StoreSource, name: str, parts: int
+) -> None:
+    """Of the arrays with a vocabulary dimension only the table is larger than a chunk's logits.
+
+    Nor does a device have logits of another's part of the vocabulary.
+    """
     shapes = set()
-    for line in compiled_step(source, "fsdp 8").as_text().splitlines():
+    for line in compiled_step(source, name).as_text().splitlines():
         for shape in line.split("[")[1:]:
             numbers = shape.split("]")[0].split(",")
             if all(number.isdigit() for number in numbers):
                 shapes.add(tuple(int(number) for number in numbers))
-    table = {(MODEL.vocab_size, MODEL.d_model), (MODEL.d_model, MODEL.vocab_size)}
-    others = {shape for shape in shapes if MODEL.vocab_size in shape} - table
-    assert (CHUNK, MODEL.vocab_size) in others
-    assert max(np.prod(shape) for shape in others) == CHUNK * MODEL.vocab_size
-    # One device's 32 tokens would be a larger array.
+    own = MODEL.vocab_size // parts
+    table = {(own, MODEL.d_model), (MODEL.d_model, own)}
+    others = {shape for shape in shapes if own in shape} - table
+    assert (CHUNK, own) in others
+    assert max(np.prod(shape) for shape in others) == CHUNK * own
+    assert parts == 1 or not any(MODEL.vocab_size in shape for shape in shapes)
+    # One device's tokens, 32 at least, would be a larger array.
     assert CHUNK < 32
 
 
 def test_the_stacked_axis_of_layer_pairs_stays_whole() -> None:
     mesh = meshes.make_mesh(MeshConfig(), jax.devices())
     key = jax.tree_util.DictKey
-    assert meshes.partition((key("pairs"), key("kernel")), (16, 64, 24), mesh) == P(None, "fsdp")
-    assert meshes.partition((key("pairs"), key("kernel")), (16, 7, 81), mesh) == P()
-    assert meshes.partition((key("embedding"),), (4096, 64), mesh) == P("fsdp")
-    assert meshes.partition((key("embedding"),), (4097, 64), mesh) == P(None, "fsdp")
-    assert meshes.partition((key("norm"),), (64,), mesh) == P()
+    assert partition((key("pairs"), key("kernel")), (16, 72, 64), mesh) == P(None, "fsdp")
+    assert partition((key("pairs"), key("kernel")), (16, 7, 811), mesh) == P()
+    assert partition((key("embedding"),), (4096, 64), mesh) == P("fsdp")
+    assert partition((key("embedding"),), (4097, 64), mesh) == P(None, "fsdp")
+    assert partition((key("norm"),), (64,), mesh) == P()
+
+
+def test_what_model_cuts_adds_up_where_it_must() -> None:
+    mesh = meshes.make_mesh(MeshConfig(fsdp=2, model=4), jax.devices())
+    key = jax.tree_util.DictKey
+    for names, shape, expected in (
+        (("pairs", "attention", "query", "kernel"), (2, 64, 512), P(None, None, ("model", "fsdp"))),
+        (("pairs", "attention", "query", "kernel"), (2, 512, 64), P(None, "fsdp", "model")),
+        (("pairs", "attention", "output", "kernel"), (2, 64, 512), P(None, "model", "fsdp")),
+        (("pairs", "mlp", "down", "kernel"), (2, 512, 64), P(None, ("model", "fsdp"))),
+        (("embedding",), (4096, 64), P(("model", "fsdp"))),
+        (("embedding",), (4, 2**12), P("model", "fsdp")),
+        (("pairs", "pre_mlp_norm", "weight"), (2, 64), P()),
+    ):
+        assert partition(tuple(key(name) for name in names), shape, mesh) == expected, names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 4}, "divide the model's num_kv_heads, but 8 does not divide 4"),
+        ({"vocab_size": 300}, "divide the model's vocab_size, but 8 does not divide 300"),
+        ({"mlp_width": 100}, "divide the model's mlp_width, but 8 does not divide 100"),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused(change: dict[str, int], message: str) -> None:
+    mesh = meshes.make_mesh(MeshConfig(fsdp=1, model=8), jax.devices())
+    check_model(MODEL, mesh)
+    with pytest.raises(ConfigError, match=message):
+        check_model(MODEL.model_copy(update=change), mesh)
 
 
 def test_a_large_array_that_cannot_be_sharded_is_refused() -> None:
     mesh = meshes.make_mesh(MeshConfig(), jax.devices())
     message = r"8 divides none of embedding \(4097, 1025\); use another mesh.fsdp"
     with pytest.raises(ConfigError, match=message):
-        meshes.partition((jax.tree_util.DictKey("embedding"),), (4097, 1025), mesh)
+        partition((jax.tree_util.DictKey("embedding"),), (4097, 1025), mesh)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(model=2), "mesh.model must be 1, as tensor parallelism is not supported yet"),
-        (MeshConfig(fsdp=3), r"replica 1 x fsdp 3 does not make 8 devices"),
-        (MeshConfig(replica=3), r"replica 3 x fsdp -1 does not make 8 devices"),
-        (MeshConfig(fsdp=0), r"replica 1 x fsdp 0 does not make 8 devices"),
+        (MeshConfig(model=3), "replica 1 x fsdp -1 x model 3 does not make 8 devices"),
+        (MeshConfig(fsdp=3), "replica 1 x fsdp 3 x model 1 does not make 8 devices"),
+        (MeshConfig(replica=3), "replica 3 x fsdp -1 x model 1 does not make 8 devices"),
+        (MeshConfig(fsdp=0), "replica 1 x fsdp 0 x model 1 does not make 8 devices"),
     ],
 )
 def test_impossible_meshes_are_refused(config: MeshConfig, message: str) -> None:
