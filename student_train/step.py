@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma2 import attention
 from gemma2 import model as gemma2
 from gemma2.placement import ROW_AXES, axes_of, fsdp_dimension, partition
 from schemas.manifest import TargetsManifest
@@ -161,6 +162,7 @@ def make_objective(
     """(params, batch, alpha) → (mean loss, metrics without the optimizer's two); differentiable."""
     loss = make_loss(head, mesh)
     rows = meshes.rows_sharding(mesh)
+    kernel = attention.resolve(config.attention, model, mesh.devices.flat[0], backward=True)
 
     def objective(params: Any, batch: Batch, alpha: Any) -> tuple[jax.Array, StepMetrics]:
         hidden = gemma2.hidden_states(
@@ -170,6 +172,7 @@ def make_objective(
             jnp.asarray(batch.segment_ids),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
+            attention=kernel,
             mesh=mesh,
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
@@ -245,11 +248,18 @@ def make_eval_step(
     """(params, int32 [V] bytes of each id, batch) → scores of each row; targets are ignored."""
     loss = make_loss(head._replace(block_tokens=1), mesh)
     rows = meshes.rows_sharding(mesh)
+    kernel = attention.resolve("auto", model, mesh.devices.flat[0], backward=False)
 
     def eval_step(params: Any, piece_bytes: jax.Array, batch: Batch) -> RowScores:
         tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
         hidden = gemma2.hidden_states(
-            params, model, tokens, segment_ids, dtype=jnp.dtype(dtype), mesh=mesh
+            params,
+            model,
+            tokens,
+            segment_ids,
+            dtype=jnp.dtype(dtype),
+            attention=kernel,
+            mesh=mesh,
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         labels, mask = next_tokens(tokens), predicted(segment_ids)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from gemma2 import checkpoint
+from gemma2.attention import resolve
 from gemma2.model import Params, embedding, hidden_states, logits
 from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
@@ -79,6 +80,7 @@ class Gemma2Teacher:
                 "belongs to the tokenizer."
             )
         self._dtype = jnp.dtype(dtype)
+        self._attention = resolve("auto", self._config, jax.local_devices()[0], backward=False)
         self._params = _rows(params, _padded(np.arange(vocab_size)))
         # The rest, which a sampler may name, is the id behind the last.
         self._ids = np.arange(vocab_size + 1, dtype=np.int32)
@@ -107,7 +109,7 @@ class Gemma2Teacher:
         seed: int,
     ) -> RowCandidates:
         """As the protocol says; compiled once for each batch shape and spec."""
-        found, entropy, label = _candidates(
+        found, entropy, label = candidates_step(
             self._params,
             *self._arrays(tokens, segment_ids),
             jnp.asarray(rows, jnp.int32),
@@ -116,6 +118,7 @@ class Gemma2Teacher:
             dtype=self._dtype,
             spec=spec,
             vocab_size=self.info.vocab_size,
+            attention=self._attention,
         )
         position, column, points = (np.asarray(x) for x in found)
         return RowCandidates(
@@ -140,6 +143,7 @@ class Gemma2Teacher:
             name=name,
             temperature=temperature,
             vocab_size=self.info.vocab_size,
+            attention=self._attention,
         )
         return np.asarray(found, np.float64).sum(axis=0)
 
@@ -190,8 +194,8 @@ def score_tile(
     return tile, entropy, scores
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size"))
-def _candidates(
+@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size", "attention"))
+def candidates_step(
     params: Params,
     tokens: Array,
     segment_ids: Array,
@@ -203,8 +207,10 @@ def _candidates(
     dtype: jnp.dtype,
     spec: SamplerSpec,
     vocab_size: int,
+    attention: str,
 ) -> tuple[Candidates, Array, Array]:
-    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
+    """The teacher's step: of packed rows, as `sample_rows` says; attention is a kernel's name."""
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, attention=attention)
     return sample_rows(params, config, hidden, tokens, predicted, rows, key, spec, vocab_size)
 
 
@@ -268,7 +274,9 @@ def sample_rows(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size"))
+@partial(
+    jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size", "attention")
+)
 def _expected_entries(
     params: Params,
     tokens: Array,
@@ -281,11 +289,12 @@ def _expected_entries(
     name: SamplerName,
     temperature: float,
     vocab_size: int,
+    attention: str,
 ) -> Array:
     """float32 [tiles, P]."""
     length = tokens.shape[1]
     size = tile_tokens(length)
-    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype)
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, attention=attention)
 
     def one_tile(item: tuple[Array, Array]) -> Array:
         tile, _, _ = score_tile(params, config, *item, temperature, vocab_size)

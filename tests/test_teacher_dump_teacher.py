@@ -442,7 +442,7 @@ def test_scores_of_more_than_a_tile_never_exist(monkeypatch: pytest.MonkeyPatch,
     }
 
     def candidates(params: Any, tokens: Any, segments: Any, predicted: Any, rows: Any) -> Any:
-        return teachers._candidates(
+        return teachers.candidates_step(
             params, tokens, segments, predicted, rows, jax.random.key(0), spec=spec, **shared
         )
 
