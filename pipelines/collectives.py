@@ -1,6 +1,8 @@
 """Collectives of a compiled program, read from its HLO text: kind, mesh axis, bytes, how often."""
 
+import math
 import re
+import string
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ _CALLED = re.compile(r"(calls|body|condition|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _OPERATION = re.compile(
     r"= (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|"
-    r"collective-permute|collective-broadcast)(?:-start)?\("
+    r"collective-permute|collective-broadcast)(?P<start>-start)?\("
 )
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -47,12 +49,13 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Collective]:
             operation = _OPERATION.search(line)
             if operation is None:
                 continue
-            kind = operation["kind"]
-            # A fusion of an all-reduce and the part that a chip keeps.
-            if name.startswith("all-reduce-scatter"):
+            kind, group = operation["kind"], _group(line)
+            dtype, size = _moved(operation["shape"], kind, operation["start"] is not None)
+            if kind == "reduce-scatter":
+                size *= len(group)
+            elif name.startswith("all-reduce-scatter"):
+                # A fusion of an all-reduce and the part that a chip keeps.
                 kind = "reduce-scatter"
-            dtype, size = _largest(operation["shape"], kind)
-            group = _group(line)
             channel = _CHANNEL.search(line)
             key = (kind, channel[1] if channel else f"{name} {line}")
             sent = _sent_bytes(kind, size, len(group))
@@ -69,7 +72,8 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Collective]:
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", []
+    name = ""
+    lines: list[str] = []
     for line in hlo.splitlines():
         header = _COMPUTATION.match(line)
         if header:
@@ -105,18 +109,22 @@ def _trips(condition: list[str]) -> int:
     return bounds[0]
 
 
-def _largest(shape: str, kind: str) -> tuple[str, int]:
-    """dtype and bytes of what an operation makes.
+def _moved(shape: str, kind: str, is_start: bool) -> tuple[str, int]:
+    """dtype and bytes of what an operation makes; of a combined one, of all that it makes.
 
-    An asynchronous start's tuple holds its operand and its result; a combined one's, all results.
+    The result of an asynchronous start holds its operands first: as many as there are results.
     """
     sizes = []
     for dtype, dimensions in _SHAPE.findall(shape):
-        bits = int(re.sub(r"\D.*", "", dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) or 8)
-        elements = int(np.prod([int(d) for d in dimensions.split(",") if d], dtype=np.int64))
+        bits = int(re.sub(r"\D.*", "", dtype.lstrip(string.ascii_lowercase)) or 8)
+        elements = math.prod(int(size) for size in dimensions.split(",") if size)
         sizes.append((dtype, elements * max(bits, 8) // 8))
-    dtype, largest = max(sizes, key=lambda item: item[1])
-    return dtype, sum(size for _, size in sizes) if kind == "all-reduce" else largest
+    if is_start and kind == "collective-permute":
+        sizes = sizes[:1]  # then its result, and two counters
+    elif is_start and kind != "all-reduce":
+        sizes = sizes[len(sizes) // 2 :]
+    dtype, _ = max(sizes, key=lambda item: item[1])
+    return dtype, sum(size for _, size in sizes)
 
 
 def _group(line: str) -> np.ndarray:
@@ -125,11 +133,11 @@ def _group(line: str) -> np.ndarray:
         sizes = [int(size) for size in re.findall(r"=(\d+)", found[1])]
         names = re.findall(r"'([^']*)'", found[1])
         over = re.findall(r"'([^']*)'", found[2])
-        ids = np.arange(np.prod(sizes)).reshape(sizes)
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
         return ids[tuple(slice(None) if name in over else 0 for name in names)].reshape(-1)
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", line):
         sizes = [int(size) for size in found[3].split(",")]
-        ids = np.arange(np.prod(sizes)).reshape(sizes)
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
         if found[4]:
             ids = ids.transpose([int(axis) for axis in found[4].split(",")])
         return ids.reshape(int(found[1]), int(found[2]))[0]

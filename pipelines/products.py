@@ -88,4 +88,4 @@ def _kernel_steps(equation: Any, known: dict[Any, Any]) -> float:
         return steps
     # Its scalars are the next block to load, then whether a block is masked: 0 if all of it is.
     mask = np.asarray(known[equation.invars[1]])
-    return steps * np.count_nonzero(mask) / mask.size
+    return steps * int(np.count_nonzero(mask)) / mask.size

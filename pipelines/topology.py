@@ -4,7 +4,6 @@ libtpu describes a topology by name and compiles for it; nothing runs.
 """
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,8 +14,14 @@ from pydantic import Field
 from schemas.base import Document
 from schemas.errors import ConfigError, MissingDependencyError
 
-# On a machine that has no TPU, libtpu would ask Google's metadata server which one it has.
-_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Else libtpu asks Google's metadata server which TPU this machine is, and warns if it is none;
+# what it is told instead has no effect on a topology that is asked for by name.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 class Chip(Document):
@@ -52,7 +57,7 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-def devices(topology: str, slices: int) -> Sequence[Any]:
+def devices(topology: str, slices: int) -> list[Any]:
     """The chips of `slices` slices of a topology such as v5e:16x16, to compile for.
 
     Raises ConfigError for a name that libtpu does not know, MissingDependencyError without libtpu.
@@ -71,12 +76,13 @@ def devices(topology: str, slices: int) -> Sequence[Any]:
         # A chip's two cores as one device.
         options["chip_config_name"] = "megacore"
     try:
-        found = topologies.get_topology_desc(topology, platform="tpu", **options).devices
+        described = topologies.get_topology_desc(topology, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"topology must be a TPU's generation and shape, such as v5e:16x16, v4:8x16x32, "
             f"v5p:8x8x8 or v6e:16x16, but it is '{topology}' ({error})."
         ) from error
+    found: list[Any] = list(described.devices)
     kind = found[0].device_kind
     if kind not in CHIPS:
         raise ConfigError(
