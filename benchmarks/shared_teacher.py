@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from gemma2 import flops, presets
 from gemma2.model import init_params
-from gemma2.placement import Placement, partition
+from gemma2.placement import Placement
 from schemas.manifest import SamplerSpec, TeacherInfo
 from schemas.model import ModelConfig
 from teacher_dump.teacher import Gemma2Teacher, share
@@ -32,12 +31,7 @@ def make_params(config: ModelConfig, placement: Placement) -> Any:
     shapes = jax.eval_shape(partial(init_params, config, param_dtype=jnp.bfloat16), key())
 
     def make(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        where: Any = SingleDeviceSharding(jax.local_devices()[0])
-        if placement.mesh is not None:
-            is_table = path[0] == jax.tree_util.DictKey("embedding")
-            axes = jax.sharding.PartitionSpec() if is_table else None
-            axes = axes if is_table else partition(path, leaf.shape, placement.mesh)
-            where = NamedSharding(placement.mesh, axes)
+        where = placement.sharding(path, leaf.shape)
         scale = 0.02 if leaf.ndim > 1 else 0.0
         return jax.jit(
             lambda: (scale * jax.random.normal(key(), leaf.shape, jnp.float32)).astype(leaf.dtype),

@@ -5,12 +5,16 @@ A kernel declares what it supports. Asking one for a feature it lacks raises; no
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gemma2 import splash
 from schemas.errors import ConfigError
+from schemas.model import ModelConfig
 
 _QUERY_BLOCK = 1024
 
@@ -25,37 +29,68 @@ class Kernel:
     segments: bool
     backward: bool
     head_sizes: frozenset[int] | None = None  # None: any
+    device_kinds: frozenset[str] | None = None  # None: any
+
+
+def resolve(name: str, config: ModelConfig, device: Any, *, backward: bool) -> str:
+    """The kernel for a model on a device; auto is the first in the table that fits both.
+
+    device: a `jax.Device`, of this machine or only compiled for. Raises ConfigError by feature.
+    """
+    needs = _Needs(
+        config.attention_cap, config.window_tokens, config.head_size, backward, device.device_kind
+    )
+    return _first_fitting(name, list(KERNELS), needs)
 
 
 def choose(
     name: str, *, cap: float | None, window: int | None, head_size: int, backward: bool
 ) -> Callable[..., Array]:
-    """The kernel `name` (auto: the first in the table that fits). Raises ConfigError by feature."""
-    candidates = list(KERNELS) if name == "auto" else [name]
+    """The kernel `name`; auto is the first that runs on every device.
+
+    Raises ConfigError by feature.
+    """
+    everywhere = [name for name, kernel in KERNELS.items() if kernel.device_kinds is None]
+    return KERNELS[
+        _first_fitting(name, everywhere, _Needs(cap, window, head_size, backward, None))
+    ].run
+
+
+class _Needs(NamedTuple):
+    cap: float | None
+    window: int | None
+    head_size: int
+    backward: bool
+    device_kind: str | None
+    """None: whoever named the kernel knows where it runs."""
+
+    def lacking(self, kernel: Kernel) -> list[str]:
+        """What the kernel does not have of this."""
+        sizes, kinds = kernel.head_sizes, kernel.device_kinds
+        features = (
+            ("soft-cap", self.cap is None or kernel.cap),
+            ("window", self.window is None or kernel.window),
+            ("segments", kernel.segments),
+            ("backward", not self.backward or kernel.backward),
+            (f"head size {self.head_size}", sizes is None or self.head_size in sizes),
+            (
+                f"device {self.device_kind}",
+                kinds is None or self.device_kind is None or self.device_kind in kinds,
+            ),
+        )
+        return [feature for feature, present in features if not present]
+
+
+def _first_fitting(name: str, automatic: list[str], needs: _Needs) -> str:
     lacking: list[str] = []
-    for candidate in candidates:
+    for candidate in automatic if name == "auto" else [name]:
         if candidate not in KERNELS:
             raise ConfigError(
                 f"attention must be one of auto, {', '.join(KERNELS)}, but it is '{candidate}'."
             )
-        kernel = KERNELS[candidate]
-        lacking = [
-            feature
-            for feature, needed, present in (
-                ("soft-cap", cap is not None, kernel.cap),
-                ("window", window is not None, kernel.window),
-                ("segments", True, kernel.segments),
-                ("backward", backward, kernel.backward),
-                (
-                    f"head size {head_size}",
-                    True,
-                    kernel.head_sizes is None or head_size in kernel.head_sizes,
-                ),
-            )
-            if needed and not present
-        ]
+        lacking = needs.lacking(KERNELS[candidate])
         if not lacking:
-            return kernel.run
+            return candidate
     raise ConfigError(
         f"The attention kernel must support what the model has, but '{name}' lacks "
         f"{', '.join(lacking)}; choose attention 'reference'."
@@ -126,6 +161,22 @@ def reference(
     return out.reshape(batch, length, heads, size)
 
 
+def _splash(largest_block: int, *device_kinds: str) -> Kernel:
+    return Kernel(
+        partial(splash.attention, largest_block=largest_block),
+        cap=True,
+        window=True,
+        segments=True,
+        backward=True,
+        head_sizes=frozenset((128, 256)),
+        device_kinds=frozenset(device_kinds),
+    )
+
+
+# In the order of preference.
 KERNELS: dict[str, Kernel] = {
+    "splash": _splash(1024, "TPU v5 lite", "TPU v5", "TPU v6 lite"),
+    # Blocks of 1024 overflow this chip's vector memory.
+    "splash_v4": _splash(512, "TPU v4"),
     "reference": Kernel(reference, cap=True, window=True, segments=True, backward=True),
 }

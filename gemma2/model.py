@@ -236,22 +236,20 @@ def hidden_states(
     *,
     dtype: DTypeLike,
     remat: Remat = "none",
-    attention: str = "auto",
-    placement: Placement = ALONE,
+    execution: Execution | None = None,
 ) -> Array:
     """Final normalised hidden states [B, T, D] in `dtype`, of tokens and segment ids [B, T].
 
-    Over a mesh, rows and parameters lie as the placement says.
-
-    Attention is causal and never crosses segment ids; segment 0 is padding, whose states are
-    finite and mean nothing. Raises ConfigError for an unknown remat policy or attention kernel.
+    Without an `execution` it is one device and any of its kernels. Attention is causal and never
+    crosses segment ids; segment 0 is padding, whose states are finite and mean nothing. Raises
+    ConfigError for an unknown remat policy or attention kernel.
     """
     return _merge(params, config)(
         tokens,
         segment_ids,
         dtype=dtype,
         remat=remat,
-        execution=Execution(attention, placement),
+        execution=execution or Execution(),
     )
 
 

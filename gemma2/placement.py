@@ -177,11 +177,16 @@ class Placement:
 
     def parameter(self, path: tuple[Any, ...], value: np.ndarray) -> Array:
         """A parameter where it belongs; `path` as in JAX's trees."""
+        where = self.sharding(path, value.shape)
+        return jnp.asarray(value) if where is None else jax.device_put(value, where)
+
+    def sharding(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> NamedSharding | None:
+        """Where a parameter, or without a path any other array, lies; None without a mesh."""
         if self.mesh is None:
-            return jnp.asarray(value)
-        is_whole = self.is_table_whole and path[0] == jax.tree_util.DictKey("embedding")
-        where = P() if is_whole else partition(path, value.shape, self.mesh)
-        return jax.device_put(value, NamedSharding(self.mesh, where))
+            return None
+        is_table = path[:1] == (jax.tree_util.DictKey("embedding"),)
+        is_whole = not path or (is_table and self.is_table_whole)
+        return NamedSharding(self.mesh, P() if is_whole else partition(path, shape, self.mesh))
 
     def _put(self, x: Array, where: P) -> Array:
         if self.mesh is None:

@@ -43,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb(verbs.TrainArguments, verbs.train),
     "eval": Verb(verbs.EvalConfig, verbs.evaluate),
     "export": Verb(verbs.ExportConfig, verbs.export),
+    "compile": Verb(verbs.CompileArguments, verbs.compile_step),
     "plan": Verb(verbs.PlanArguments, verbs.plan),
 }
 

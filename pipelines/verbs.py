@@ -15,14 +15,16 @@ from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
+from pipelines import compile as compiling
+from pipelines import compile_view, plan_view, progress, runner, train_view, training
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
-from pipelines import plan_view, progress, runner, train_view, training
 from pipelines import quickstart as quickstart_run
 from pipelines import tokenize as tokenize_pipeline
 from schemas.base import Document
 from schemas.errors import ConfigError, CorruptStoreError, StoreNotFoundError
 from schemas.runs import (
+    CompileConfig,
     DumpConfig,
     EvalConfig,
     ExportConfig,
@@ -66,6 +68,10 @@ class TrainArguments(TrainConfig, _OutputArguments):
     def config(self) -> TrainConfig:
         """The run, without how it was asked for."""
         return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
+
+class CompileArguments(CompileConfig, _OutputArguments):
+    """Compile the training step for a TPU pod, on any machine: `retort compile`."""
 
 
 class InspectArguments(_StoreArguments):
@@ -166,6 +172,12 @@ def export(config: ExportConfig, console: Console) -> int:
 def plan(arguments: PlanArguments, console: Console) -> int:
     found = planning.plan(arguments)
     return _output(console, arguments, found.as_dict(), lambda: plan_view.view(found))
+
+
+def compile_step(arguments: CompileArguments, console: Console) -> int:
+    found = compiling.compile_step(arguments)
+    _output(console, arguments, found.as_dict(), lambda: compile_view.view(found))
+    return 0 if found.memory.fits else EXIT_PROBLEMS
 
 
 def inspect(arguments: InspectArguments, console: Console) -> int:

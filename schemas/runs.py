@@ -244,6 +244,9 @@ class TrainConfig(Document):
         0, ge=0, lt=2**64, description="Of the initialisation and of the order of rows."
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
+    attention: str = Field(
+        "auto", description="Kernel: auto takes the fastest that suits model and device; reference."
+    )
     loss_chunk_tokens: int = Field(
         1024, ge=1, description="Tokens whose logits exist at once in the loss."
     )
@@ -295,6 +298,36 @@ class TrainConfig(Document):
         self.optimizer.schedule.check("optimizer.schedule", self.steps)
         self.alpha_schedule.check("alpha_schedule", self.steps)
         return self
+
+
+class CompileConfig(Document):
+    """Compile the training step for a TPU pod, on any machine: `retort compile`."""
+
+    model: str = Field(
+        "gemma2-2.6b", description="Preset name, or a YAML or JSON file of a ModelConfig."
+    )
+    topology: str = Field(
+        "v5e:16x16",
+        description="A slice's generation and shape: v5e:16x16, v4:8x16x32, v5p:8x24x32, …",
+    )
+    slices: int = Field(1, ge=1, description="Slices, joined by the data centre's network.")
+    mesh: MeshConfig = MeshConfig()
+    teacher: bool = Field(
+        False, description="The teacher's step instead: it runs on one chip, apart from the others."
+    )
+    sequences_per_group: int = Field(
+        1, ge=1, description="Sequences of each chip, or of each group of mesh.model chips."
+    )
+    sequence_tokens: int = Field(
+        DEFAULT_SEQUENCE_TOKENS, ge=2, description="L, tokens per packed sequence."
+    )
+    slots_per_token: int = Field(18, ge=1, description="Entry slots of the stored targets.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
+    remat: Remat = Field("full", description="What the backward recomputes, as in `retort train`.")
+    attention: str = Field("auto", description="Kernel, as in `retort train`.")
+    loss_chunk_tokens: int = Field(
+        1024, ge=1, description="Tokens whose logits exist at once in the loss."
+    )
 
 
 class EvalConfig(Document):

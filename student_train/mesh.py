@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,8 +31,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "change the others."
         )
     shape = (config.replica, fsdp, config.model)
-    # make_mesh orders a pod's devices by its topology; it refuses lists of other lengths.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if config.replica % slices:
+        raise ConfigError(
+            f"mesh.replica must be a multiple of the {slices} slices, as only whole copies of the "
+            f"state lie on different ones, but it is {config.replica}; set mesh.replica to "
+            f"{slices}."
+        )
+    # Both order a pod's devices by its topology, of which an axis may take a part.
+    if slices == 1:
+        ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within = (config.replica // slices, fsdp, config.model)
+        ordered = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

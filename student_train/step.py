@@ -15,7 +15,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma2 import attention
 from gemma2 import model as gemma2
+from gemma2.model import Execution
 from gemma2.placement import ROW_AXES, Placement, axes_of, fsdp_dimension, partition
 from schemas.manifest import TargetsManifest
 from schemas.model import ModelConfig
@@ -209,6 +211,7 @@ def make_objective(
     """
     loss = make_loss(head, mesh)
     rows = meshes.rows_sharding(mesh)
+    kernel = attention.resolve(config.attention, model, mesh.devices.flat[0], backward=True)
 
     def objective(
         params: Any, batch: Batch, alpha: Any, positions: jax.Array | None = None
@@ -220,7 +223,7 @@ def make_objective(
             jnp.asarray(batch.segment_ids),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            placement=Placement(mesh),
+            execution=Execution(kernel, Placement(mesh)),
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         weight = predicted(jnp.asarray(batch.segment_ids)).astype(jnp.float32)
@@ -375,11 +378,17 @@ def make_eval_step(
     """(params, int32 [V] bytes of each id, batch) → scores of each row; targets are ignored."""
     loss = make_loss(head._replace(block_tokens=1), mesh)
     rows = meshes.rows_sharding(mesh)
+    kernel = attention.resolve("auto", model, mesh.devices.flat[0], backward=False)
 
     def eval_step(params: Any, piece_bytes: jax.Array, batch: Batch) -> RowScores:
         tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
         hidden = gemma2.hidden_states(
-            params, model, tokens, segment_ids, dtype=jnp.dtype(dtype), placement=Placement(mesh)
+            params,
+            model,
+            tokens,
+            segment_ids,
+            dtype=jnp.dtype(dtype),
+            execution=Execution(kernel, Placement(mesh)),
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         labels, mask = next_tokens(tokens), predicted(segment_ids)

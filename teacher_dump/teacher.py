@@ -16,7 +16,8 @@ from jax import Array
 from jax.sharding import AxisType
 
 from gemma2 import checkpoint
-from gemma2.model import Params, embedding, hidden_states, logits
+from gemma2.attention import resolve
+from gemma2.model import Execution, Params, embedding, hidden_states, logits
 from gemma2.placement import ALONE, AXES, Placement, check_model
 from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
@@ -80,7 +81,9 @@ class Gemma2Teacher:
         Ids from `info.vocab_size` up are never given probability.
         """
         self.info = info
-        self._config, self._placement = config, placement
+        self._config = config
+        kernel = resolve("auto", config, jax.local_devices()[0], backward=False)
+        self._execution = Execution(kernel, placement)
         self._dtype = embedding(params).dtype
         self._params = _rows(params, _padded(np.arange(info.vocab_size)))
         # The rest, which a sampler may name, is the id behind the last.
@@ -128,7 +131,7 @@ class Gemma2Teacher:
         seed: int,
     ) -> RowCandidates:
         """As the protocol says; compiled once for each batch shape and spec."""
-        found, entropy, label = _candidates(
+        found, entropy, label = candidates_step(
             self._params,
             *self._arrays(tokens, segment_ids),
             jnp.asarray(rows, jnp.int32),
@@ -137,7 +140,7 @@ class Gemma2Teacher:
             dtype=self._dtype,
             spec=spec,
             vocab_size=self.info.vocab_size,
-            placement=self._placement,
+            execution=self._execution,
         )
         position, column, points = (np.asarray(x) for x in found)
         return RowCandidates(
@@ -162,7 +165,7 @@ class Gemma2Teacher:
             name=name,
             temperature=temperature,
             vocab_size=self.info.vocab_size,
-            placement=self._placement,
+            execution=self._execution,
         )
         return np.asarray(found, np.float64).sum(axis=0)
 
@@ -232,8 +235,8 @@ def score_tile(
     return tile, entropy, scores
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size", "placement"))
-def _candidates(
+@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size", "execution"))
+def candidates_step(
     params: Params,
     tokens: Array,
     segment_ids: Array,
@@ -245,9 +248,11 @@ def _candidates(
     dtype: jnp.dtype,
     spec: SamplerSpec,
     vocab_size: int,
-    placement: Placement,
+    execution: Execution,
 ) -> tuple[Candidates, Array, Array]:
-    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, placement=placement)
+    """The teacher's step: of packed rows, as `sample_rows` says."""
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, execution=execution)
+    placement = execution.placement
     return sample_rows(
         params, config, hidden, tokens, predicted, rows, key, spec, vocab_size, placement
     )
@@ -317,7 +322,7 @@ def sample_rows(
 
 
 @partial(
-    jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size", "placement")
+    jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size", "execution")
 )
 def _expected_entries(
     params: Params,
@@ -331,12 +336,13 @@ def _expected_entries(
     name: SamplerName,
     temperature: float,
     vocab_size: int,
-    placement: Placement,
+    execution: Execution,
 ) -> Array:
     """float32 [tiles, P]."""
     length = tokens.shape[1]
     size = tile_tokens(length)
-    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, placement=placement)
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, execution=execution)
+    placement = execution.placement
 
     def one_tile(given: tuple[Array, Array], item: tuple[Array, Array]) -> Array:
         table, numbers = given

@@ -11,8 +11,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from gemma2 import checkpoint
-from gemma2.model import hidden_states, init_params, logits
-from gemma2.placement import ALONE
+from gemma2.model import Execution, hidden_states, init_params, logits
 from logit_store import codec
 from logit_store.codec import Entries
 from logit_store.layout import predicted_mask
@@ -492,11 +491,11 @@ def test_scores_of_more_than_a_tile_never_exist(monkeypatch: pytest.MonkeyPatch,
         "config": model,
         "dtype": jnp.dtype("float32"),
         "vocab_size": vocab - 2,
-        "placement": ALONE,
+        "execution": Execution(),
     }
 
     def candidates(params: Any, tokens: Any, segments: Any, predicted: Any, rows: Any) -> Any:
-        return teachers._candidates(
+        return teachers.candidates_step(
             params, tokens, segments, predicted, rows, jax.random.key(0), spec=spec, **shared
         )
 
