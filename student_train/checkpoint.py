@@ -23,7 +23,8 @@ from student_train.step import State
 CHECKPOINT_FOLDER = "checkpoints"
 
 # What may change between the parts of one run: none of it changes which numbers are computed, but
-# for the last digits where devices, micro-batches or chunks differ. Paths may move; identities are compared.
+# for the last digits where devices, micro-batches or chunks differ. Paths may move; identities are
+# compared.
 FREE_SETTINGS = frozenset(
     {
         "store",
