@@ -18,6 +18,8 @@ from student_train import mesh as meshes
 from student_train.guard import HISTORY
 from student_train.report import TrainEvent
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -191,13 +191,19 @@ def train_step(source: StoreSource) -> tuple[Any, Any]:
     return mesh, make_train_step(MODEL, CONFIG, head, mesh)
 
 
+@functools.cache
+def first_state() -> State:
+    """On the host: what is placed is donated."""
+    return jax.device_get(jax.jit(functools.partial(make_state, MODEL, CONFIG))(jax.random.key(0)))
+
+
 def run(source: StoreSource, batches: list[Batch], state: State | None = None) -> Any:
     """(states after each step, metrics of each), on the host."""
     mesh, step = train_step(source)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(MODEL, CONFIG, mesh))
     if state is None:
-        state = jax.jit(functools.partial(make_state, MODEL, CONFIG))(jax.random.key(0))
-    state = jax.device_put(jax.device_get(state), shardings)
+        state = first_state()
+    state = jax.device_put(state, shardings)
     states, metrics = [], []
     for batch in batches:
         placed = place(
@@ -229,7 +235,7 @@ def test_the_average_follows_the_parameters(source: StoreSource) -> None:
         0.5,
     ]
     batch = source.read(np.arange(8))
-    first = jax.device_get(jax.jit(functools.partial(make_state, MODEL, CONFIG))(jax.random.key(0)))
+    first = first_state()
     assert_equal(first.ema, first.params)
     states, _ = run(source, [batch] * 4)
     expected = first.params
