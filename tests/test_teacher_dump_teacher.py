@@ -439,6 +439,7 @@ def test_scores_of_more_than_a_tile_never_exist(monkeypatch: pytest.MonkeyPatch,
         "config": model,
         "dtype": jnp.dtype("float32"),
         "vocab_size": vocab - 2,
+        "attention": "reference",
     }
 
     def candidates(params: Any, tokens: Any, segments: Any, predicted: Any, rows: Any) -> Any:
