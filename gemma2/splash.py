@@ -10,6 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 _LANES = 128  # what a TPU's vector registers hold in a row: the least that a block may be
+# Keys whose scores exist at once: with 1024, gradients of head size 256 overflow a v5e's memory.
+_LARGEST_PART = 512
 # Of what only fills the last block: no document of a store has it.
 _FILLING_SEGMENT = -1
 
@@ -36,13 +38,16 @@ def attention(
     query, key, value = (jnp.pad(x, (*filling, (0, 0), (0, 0))) for x in (query, key, value))
     segment_ids = jnp.pad(segment_ids, filling, constant_values=_FILLING_SEGMENT)
     block = max(b for b in range(_LANES, largest_block + 1, _LANES) if padded % b == 0)
+    part = max(b for b in range(_LANES, _LARGEST_PART + 1, _LANES) if block % b == 0)
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([_mask(padded, window)] * heads),
         block_sizes=kernels.BlockSizes(
             block_q=block,
             block_kv=block,
+            block_kv_compute=part,
             block_q_dkv=block,
             block_kv_dkv=block,
+            block_kv_dkv_compute=part,
             block_q_dq=block,
             block_kv_dq=block,
         ),

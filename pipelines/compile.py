@@ -114,7 +114,7 @@ def compile_step(config: CompileConfig) -> Compiled:
     traced = (
         _teacher_step(config, model, Execution(kernel, Placement(mesh, is_table_whole=True)))
         if config.teacher
-        else _train_step(config, model, kernel, mesh, rows)
+        else _train_step(config, model, mesh, rows)
     )
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - started
@@ -142,9 +142,7 @@ def compile_step(config: CompileConfig) -> Compiled:
     )
 
 
-def _train_step(
-    config: CompileConfig, model: ModelConfig, kernel: str, mesh: Mesh, rows: int
-) -> Any:
+def _train_step(config: CompileConfig, model: ModelConfig, mesh: Mesh, rows: int) -> Any:
     run = TrainConfig(
         store="",
         out=Path(),
@@ -152,7 +150,7 @@ def _train_step(
         batch_sequences=rows,
         dtype=config.dtype,
         remat=config.remat,
-        attention=kernel,
+        attention=config.attention,
         loss_chunk_tokens=config.loss_chunk_tokens,
         mesh=config.mesh,
     )

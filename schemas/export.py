@@ -8,6 +8,7 @@ from schemas.base import Document
 from schemas.manifest import LedgerRecord, TargetsManifest, TokensManifest
 from schemas.model import ModelConfig
 from schemas.runs import (
+    CompileConfig,
     DumpConfig,
     EvalConfig,
     ExportConfig,
@@ -22,6 +23,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     LedgerRecord,
     ModelConfig,
     TokenizeConfig,
+    CompileConfig,
     DumpConfig,
     TrainConfig,
     EvalConfig,

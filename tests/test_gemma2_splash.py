@@ -59,7 +59,7 @@ def test_it_computes_what_the_reference_computes(length, size, window, block):
 
 
 def test_each_feature_counts():
-    """Without any one of them the comparison above fails, in the output and in each gradient."""
+    """Without any one of them the comparison above would fail, by the output and each gradient."""
     operands = arrays(300, 128, jnp.float32)
     merged = (*operands[:3], jnp.ones_like(operands[3]))
     right: dict[str, Any] = {"cap": CAP, "window": 97}
@@ -70,21 +70,19 @@ def test_each_feature_counts():
         (operands, right | {"window": 96}),
         (merged, right),
     ):
-        found = results(INTERPRETED, others, largest_block=128, **options)
-        assert min(error(found, wanted)) > 0.01
+        assert min(error(results(attention.reference, others, **options), wanted)) > 0.02
 
 
-def test_bfloat16_is_as_near_as_the_reference():
+def test_bfloat16_is_exact_to_its_rounding():
     exact = arrays(300, 128, jnp.float32)
     # The truth is of the same rounded operands.
     rounded = (*(x.astype(jnp.bfloat16) for x in exact[:3]), exact[3])
     truth = (*(x.astype(jnp.float32) for x in rounded[:3]), exact[3])
     with jax.default_matmul_precision("highest"):
         wanted = results(attention.reference, truth, cap=CAP, window=97)
-    theirs = error(results(attention.reference, rounded, cap=CAP, window=97), wanted)
     found = results(INTERPRETED, rounded, cap=CAP, window=97, largest_block=128)
-    for ours, reference in zip(error(found, wanted), theirs, strict=True):
-        assert ours < 2 * reference
+    # A few roundings, of the output, its gradient and the scores': less than any lost feature.
+    assert max(error(found, wanted)) < 4 * 2**-8
 
 
 @pytest.mark.parametrize(
