@@ -178,6 +178,11 @@ class TrainConfig(Document):
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 for the end only.")
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    on_failed_save: Literal["continue", "stop"] = Field(
+        "continue",
+        description="What follows when a checkpoint cannot be written, as on a full disk: continue "
+        "says so and tries again at the next, stop ends the run. Older ones stay.",
+    )
     log_every: int = Field(10, ge=1)
 
 

@@ -37,6 +37,12 @@ def export(run: Path, out: Path, step: int | None, tokenizer: Path | None = None
                 f"step must be a checkpointed one, but {run} has {known or 'none'} and "
                 f"{'none was' if step is None else step} asked for; choose one of them."
             )
+        fault = checkpoints.fault(step)
+        if fault is not None:
+            raise CheckpointError(
+                f"A checkpoint must be as it was written, but {checkpoints.folder_of(step)} is not "
+                f"({fault}); choose another of {known}."
+            )
         model = checkpoints.identity(step).model
         shapes = jax.eval_shape(partial(gemma2.init_params, model), jax.random.key(0))
         host = SingleDeviceSharding(jax.local_devices()[0])

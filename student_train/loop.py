@@ -8,9 +8,10 @@ step needs is a function of its number, so a run that was cut off continues bit 
 import json
 import math
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,10 @@ import numpy as np
 from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import presets
 from schemas.base import Document
-from schemas.errors import ConfigError, DivergenceError
+from schemas.errors import CheckpointError, ConfigError, DivergenceError, RetortError, SaveError
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
-from student_train import alignment, export
+from student_train import alignment, export, hosts
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, RunIdentity
 from student_train.data import StoreSource, place, prefetch, row_order
@@ -96,6 +97,7 @@ def train(
     piece_bytes: np.ndarray | None = None,
     tokenizer: Path | None = None,
     on_event: OnEvent | None = None,
+    say: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
     devices: Sequence[Any] | None = None,
 ) -> TrainResult:
@@ -106,15 +108,18 @@ def train(
       piece_bytes: int32 [V], UTF-8 bytes of each id, for bits per byte.
       tokenizer: SentencePiece file that is copied into the export.
       on_event: called after every step.
+      say: given a line about what went wrong and was got over; default: to stderr.
       stop: once set, the run is saved and TrainingInterrupted raised, as after SIGTERM.
       devices: default all.
 
     Raises ConfigError, ManifestMismatchError, IncompleteStoreError, AlignmentError, CheckpointError
-    or DivergenceError; TrainingInterrupted (a SystemExit) after a signal, the state being saved.
+    or DivergenceError; HostError if another of several processes failed; TrainingInterrupted (a
+    SystemExit) after a signal, the state being saved.
     """
     tell = on_event or (lambda event: None)
-    with watch(stop) as interrupt:
-        result = _Run(config, piece_bytes, tokenizer, tell, interrupt, devices).result()
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    with watch(stop) as interrupt, hosts.ending_together():
+        result = _Run(config, piece_bytes, tokenizer, tell, say, interrupt, devices).result()
         if interrupt.requested():
             interrupt.raise_at(config.steps)
         return result
@@ -129,10 +134,11 @@ class _Run:
         piece_bytes: np.ndarray | None,
         tokenizer: Path | None,
         tell: OnEvent,
+        say: Callable[[str], None],
         interrupt: Interrupt,
         devices: Sequence[Any] | None,
     ):
-        self.config, self.tell, self.interrupt = config, tell, interrupt
+        self.config, self.tell, self.say, self.interrupt = config, tell, say, interrupt
         self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
         self.model = presets.resolve(config.model)
         self.source = StoreSource(config.store, config.targets)
@@ -156,11 +162,10 @@ class _Run:
         with Checkpoints(self.config.out, self.config.keep_checkpoints) as checkpoints:
             state, resumed_from = self._first_state(checkpoints)
             with Metrics(
-                self.config.out, resumed_from or 0, silent=jax.process_index() != 0
+                self.config.out, resumed_from or 0, silent=not hosts.is_first()
             ) as metrics:
                 state, evaluation = self._run(state, checkpoints, metrics)
-            checkpoints.save(state, self.identity)
-            checkpoints.wait()
+            self._save_now(state, checkpoints)
             return self._finish(state, evaluation, checkpoints, metrics, resumed_from)
 
     def _finished(self) -> TrainResult | None:
@@ -193,7 +198,7 @@ class _Run:
         out = self.config.out
         folder = out / export.EXPORT_FOLDER
         export.write(folder, self.model, state.params, self.tokenizer)
-        checkpoint = checkpoints.folder / str(self.config.steps)
+        checkpoint = checkpoints.folder_of(self.config.steps)
         finished = _Finished(
             run=self.identity,
             eval_store=self.config.eval_store,
@@ -202,8 +207,9 @@ class _Run:
             checkpoint=str(checkpoint.relative_to(out.absolute())),
             export=folder.name,
         )
-        if jax.process_index() == 0:
+        if hosts.is_first():
             _write_atomically(out / RESULT_FILE, finished.model_dump_json(indent=2))
+        hosts.agree()  # nobody leaves before all is written
         return TrainResult(evaluation, metrics.path, checkpoint, folder, resumed_from, reused=False)
 
     def _check_alignment(self) -> None:
@@ -214,12 +220,11 @@ class _Run:
         alignment.check_alignment(batch, sampler, f"'{self.config.targets}' of {self.config.store}")
 
     def _first_state(self, checkpoints: Checkpoints) -> tuple[State, int | None]:
-        """The newest checkpoint's state and its step, or a new state and None."""
-        known = checkpoints.steps()
-        if known:
-            where = checkpoints.folder / str(known[-1])
-            self.identity.check(checkpoints.identity(known[-1]), where)
-            return checkpoints.restore(known[-1], self.abstract), known[-1]
+        """The newest whole checkpoint's state and its step, or a new state and None."""
+        checkpoints.sweep()
+        newest = self._newest_whole(checkpoints)
+        if newest is not None:
+            return checkpoints.restore(newest, self.abstract), newest
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if self.config.init is None:
             make = partial(make_state, self.model, self.config)
@@ -229,6 +234,35 @@ class _Run:
         params = jax.device_put(params, shardings.params)
         make = partial(init_state, config=self.config)
         return jax.jit(make, out_shardings=shardings)(params), None
+
+    def _newest_whole(self, checkpoints: Checkpoints) -> int | None:
+        """The newest whole checkpoint's step, or None if there is none of any kind.
+
+        Newer ones that are damaged are set aside. Raises CheckpointError if all there are.
+        """
+        known = checkpoints.steps()
+        faults: dict[int, str] = {}
+        for step in reversed(known):
+            fault = checkpoints.fault(step)
+            if fault is not None:
+                faults[step] = fault
+                continue
+            where = checkpoints.folder_of(step)
+            self.identity.check(checkpoints.identity(step), where)
+            for damaged, what in faults.items():
+                aside = checkpoints.set_aside(damaged)
+                self.say(
+                    f"The checkpoint of step {damaged} is damaged ({what}) and was moved to "
+                    f"{aside}; the run continues from that of step {step}."
+                )
+            return step
+        if faults:
+            listed = "; ".join(f"step {step}: {what}" for step, what in faults.items())
+            raise CheckpointError(
+                f"A run continues from a whole checkpoint, but in {checkpoints.folder} none is "
+                f"({listed}); put one back from a copy, or move the folder away to begin again."
+            )
+        return None
 
     def _run(
         self, state: State, checkpoints: Checkpoints, metrics: Metrics
@@ -248,18 +282,19 @@ class _Run:
         evaluation = self._evaluate(evaluator, first, state, checkpoints, metrics)
         batches = prefetch(batch_of, first, config.steps)
         try:
-            for step, batch in batches:
-                state, step_metrics = train_step(state, batch)
+            for step in range(first, config.steps):
+                batch = self._next_batch(batches, step, state, checkpoints, reporter)
+                if step == first:
+                    with self.interrupt.nothing_to_save(step):
+                        state, step_metrics = train_step(state, batch)
+                else:
+                    state, step_metrics = train_step(state, batch)
                 done = step + 1
                 # One step is under way while the one before it is read: the device never waits.
                 self._tell_all(reporter.add(done, step_metrics))
-                asked = self._is_asked_to_stop(done)
-                if asked or done % config.checkpoint_every == 0 or done == config.steps:
+                if done % config.checkpoint_every == 0 or done == config.steps:
                     self._tell_all(reporter.flush())
-                    checkpoints.save(state, self.identity)
-                if asked:
-                    checkpoints.wait()
-                    self.interrupt.raise_at(done)
+                    self._save(state, checkpoints)
                 if self._is_evaluated(done):
                     self._tell_all(reporter.flush())
                     evaluation = self._evaluate(evaluator, done, state, checkpoints, metrics)
@@ -268,11 +303,54 @@ class _Run:
             batches.close()
         return state, evaluation
 
-    def _is_asked_to_stop(self, step: int) -> bool:
-        """Several hosts must agree, which costs a round trip: they ask when they log."""
-        if jax.process_count() == 1 or step % self.config.log_every == 0:
-            return self.interrupt.agreed()
-        return False
+    def _next_batch(
+        self,
+        batches: Iterator[tuple[int, Any]],
+        step: int,
+        state: State,
+        checkpoints: Checkpoints,
+        reporter: "_Reporter",
+    ) -> Any:
+        """The batch of `step`, once every process has its part of it and none was asked to stop.
+
+        Otherwise the state is saved and TrainingInterrupted or the error is raised: no step is
+        taken on rows that one of them could not read.
+        """
+        batch, error = None, None
+        try:
+            _, batch = next(batches)
+        except RetortError as raised:
+            error = raised
+        code = None
+        try:
+            hosts.agree_on(error)
+            code = self.interrupt.agreed()
+            if code is None:
+                return batch
+        except RetortError:
+            self._tell_all(reporter.flush())
+            self._save_now(state, checkpoints)
+            self.say(f"The run's state is saved at step {step}; once that is mended, run again.")
+            raise
+        self._tell_all(reporter.flush())
+        self._save_now(state, checkpoints)
+        self.interrupt.raise_at(step, code)
+
+    def _save(self, state: State, checkpoints: Checkpoints) -> None:
+        """Begin a save; one that fails is said, and ends the run only if that is wished."""
+        for begin in (checkpoints.wait, partial(checkpoints.save, state, self.identity)):
+            try:
+                begin()
+            except SaveError as error:
+                if self.config.on_failed_save == "stop":
+                    raise
+                self.say(f"{error} Training goes on.")
+
+    def _save_now(self, state: State, checkpoints: Checkpoints) -> None:
+        """Save, and return when it is on disk. Raises SaveError."""
+        self._save(state, checkpoints)
+        checkpoints.save(state, self.identity)
+        checkpoints.wait()
 
     def _evaluator(self) -> Evaluator | None:
         if self.config.eval_store is None:
@@ -304,10 +382,10 @@ class _Run:
 
         def on_rows(done: int, total: int) -> None:
             self.tell(TrainEvent(step, f"evaluating {done}/{total}"))
-            if self.interrupt.agreed():
-                checkpoints.save(state, self.identity)
-                checkpoints.wait()
-                self.interrupt.raise_at(step)
+            code = self.interrupt.agreed()
+            if code is not None:
+                self._save_now(state, checkpoints)
+                self.interrupt.raise_at(step, code)
 
         evaluation = evaluator(state.params, on_rows)
         record = {
