@@ -20,7 +20,7 @@ STEPS = 45
 
 
 def start(config: Path, delay_seconds: float) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[1])}
     environment.pop("XLA_FLAGS", None)
     # Each part of a run compiles the same programs; the first one's are kept for the others.
     environment["JAX_COMPILATION_CACHE_DIR"] = str(config.parent / "compiled")
