@@ -159,6 +159,11 @@ class TrainConfig(Document):
     targets: str | None = Field(
         "default", description="Name of the stored targets; none trains on labels alone."
     )
+    partial_store: bool = Field(
+        False,
+        description="Train on a store that is still being written: on its shards before the first "
+        "missing one, and on just these until the run ends.",
+    )
     alpha: float = Field(
         1.0, ge=0, le=1, description="Weight of the stored targets; labels get the rest."
     )

@@ -48,6 +48,7 @@ FREE_SETTINGS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "on_failed_save",
+        "partial_store",
         "log_every",
     }
 )
@@ -60,6 +61,8 @@ class RunIdentity(Document):
     """Identity of the tokens manifest."""
     targets: str | None
     """Identity of the targets manifest; None trains on labels."""
+    rows: int
+    """How many rows of the store are drawn from: all, or those that were there at the start."""
     model: ModelConfig
     settings: dict[str, Any]
     """The other fields of the TrainConfig."""
@@ -73,6 +76,7 @@ class RunIdentity(Document):
         return cls(
             tokens=identity(source.tokens_manifest),
             targets=None if targets is None else identity(targets),
+            rows=source.num_rows,
             model=model,
             settings=settings,
         )
@@ -234,6 +238,15 @@ class Checkpoints:
                 f"A checkpoint must say what it was made from, but {where} cannot be read "
                 f"({_first_line(error)}); remove this folder to continue from an older one."
             ) from error
+
+    def rows(self) -> int | None:
+        """How many rows the run draws from, as its newest checkpoint says; None without one."""
+        for step in reversed(self.steps()):
+            try:
+                return self.identity(step).rows
+            except CheckpointError:
+                continue  # a damaged one, which is named when the run looks for a whole one
+        return None
 
     def restore(self, step: int, abstract: State) -> State:
         """The state at `step`, placed as `abstract` (shapes, dtypes, shardings) says."""

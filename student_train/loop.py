@@ -29,7 +29,7 @@ from schemas.runs import TrainConfig
 from student_train import alignment, export, hosts
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, RunIdentity
-from student_train.data import StoreSource, place, prefetch, row_order
+from student_train.data import Batch, StoreSource, place, prefetch, row_order
 from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
 from student_train.interrupt import Interrupt, watch
 from student_train.metrics import Metrics
@@ -141,7 +141,11 @@ class _Run:
         self.config, self.tell, self.say, self.interrupt = config, tell, say, interrupt
         self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
         self.model = presets.resolve(config.model)
-        self.source = StoreSource(config.store, config.targets)
+        with Checkpoints(config.out, None) as checkpoints:
+            rows = checkpoints.rows()
+        self.source = StoreSource(
+            config.store, config.targets, partial=config.partial_store, rows=rows
+        )
         vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
         check_vocabulary(self.model, vocab_size, config.store)
         self.mesh = meshes.make_mesh(config.mesh, devices)
@@ -274,8 +278,10 @@ class _Run:
         where = meshes.rows_sharding(self.mesh)
         evaluator = self._evaluator()
 
+        read = self._checked_read()
+
         def batch_of(step: int) -> Any:
-            return place(self.order.rows(step, config.batch_sequences), self.source.read, where)
+            return place(self.order.rows(step, config.batch_sequences), read, where)
 
         first = int(state.step)
         # A run that was cut off between a checkpoint and its evaluation makes up for it here.
@@ -302,6 +308,21 @@ class _Run:
         finally:
             batches.close()
         return state, evaluation
+
+    def _checked_read(self) -> Callable[[np.ndarray], Batch]:
+        """Reads rows, and refuses those of a shard whose targets are not of its tokens."""
+        manifest = self.source.targets_manifest
+        if manifest is None:
+            return self.source.read
+        where = f"'{self.config.targets}' of {self.config.store}"
+        shards = alignment.ShardAlignment(manifest.sampler, manifest.shard_sequences, where)
+
+        def read(rows: np.ndarray) -> Batch:
+            batch = self.source.read(rows)
+            shards.check(rows, batch)
+            return batch
+
+        return read
 
     def _next_batch(
         self,

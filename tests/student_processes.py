@@ -10,9 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "student_run.py"
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def environment(compiled: Path, devices: int = 1) -> dict[str, str]:
@@ -39,23 +37,20 @@ def start(
     )
 
 
-def start_several(
-    config: Path, count: int, *, devices: int, delay_seconds: float = 0
-) -> "list[subprocess.Popen[str]]":
-    """Processes 0 to `count` - 1 of one run, with `devices` each."""
+def start_several(configs: list[Path], *, devices: int) -> "list[subprocess.Popen[str]]":
+    """The processes of one run, with a config and `devices` each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     return [
         start(
             config,
-            delay_seconds,
             devices=devices,
             JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES=str(count),
+            JAX_NUM_PROCESSES=str(len(configs)),
             JAX_PROCESS_ID=str(index),
         )
-        for index in range(count)
+        for index, config in enumerate(configs)
     ]
 
 
@@ -63,7 +58,11 @@ def finish(
     processes: "list[subprocess.Popen[str]]", status: int = 0, seconds: float = 300
 ) -> list[tuple[str, str]]:
     """Outputs and errors of all, which must end with `status`."""
-    said = [process.communicate(timeout=seconds) for process in processes]
+    try:
+        said = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, errors) in zip(processes, said, strict=True):
         assert process.returncode == status, (process.returncode, errors)
     return said
