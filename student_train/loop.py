@@ -5,6 +5,7 @@ state is made or restored, steps run, the last state is evaluated, saved and exp
 step needs is a function of its number, so a run that was cut off continues bit for bit.
 """
 
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,14 @@ import numpy as np
 from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import presets
 from schemas.base import Document
-from schemas.errors import CheckpointError, ConfigError, DivergenceError, RetortError, SaveError
+from schemas.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    RetortError,
+    SaveError,
+    StorageError,
+)
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
 from student_train import alignment, export, hosts
@@ -118,11 +127,25 @@ def train(
     """
     tell = on_event or (lambda event: None)
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    with watch(stop) as interrupt, hosts.ending_together():
+    with watch(stop) as interrupt, hosts.ending_together(), _full_disk_explained(config.out):
         result = _Run(config, piece_bytes, tokenizer, tell, say, interrupt, devices).result()
         if interrupt.requested():
             interrupt.raise_at(config.steps)
         return result
+
+
+@contextmanager
+def _full_disk_explained(out: Path) -> Iterator[None]:
+    """What is written beside checkpoints: records, events of TensorBoard, the exported model."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RetortError) or os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise StorageError(
+            f"A run needs room for its records and its model, but the disk of {out} is full; make "
+            "room and run the same command, which continues from the last checkpoint."
+        ) from error
 
 
 class _Run:
