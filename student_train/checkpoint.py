@@ -309,9 +309,11 @@ def check_sums(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     A file that is not listed is one: the list was cut short, or the file is a stranger.
     """
     try:
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        *lines, rest = (folder / SUMS_FILE).read_bytes().decode().split("\n")
     except (OSError, UnicodeDecodeError):
         return f"{SUMS_FILE} cannot be read"
+    if rest:
+        return f"{SUMS_FILE} was cut short"
     sums = {name: found for found, _, name in (line.partition("  ") for line in lines)}
     there = set(_files(folder))
     if not there:

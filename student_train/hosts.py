@@ -5,6 +5,7 @@ run over several processes has. With one process nothing here does or costs anyt
 """
 
 import atexit
+import itertools
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ PATIENCE_SECONDS = 3600
 # After this the process that failed leaves, whether or not the others have heard of it.
 _FAREWELL_SECONDS = 10
 _EXIT_FAILED = 2
+_meetings = itertools.count()
 _MEETING, _FAILED, _HEARD = "retort/meeting", "retort/failed", "retort/heard"
 
 
@@ -104,20 +106,15 @@ def agree(word: str | None = None) -> dict[int, str]:
     if jax.process_count() == 1:
         return {} if word is None else {0: word}
     client = _client()
-    # Two barriers, so that nobody's word is taken back before everybody has read it.
+    # Each meeting has words of its own: someone may be at the next one before all have read them.
+    words = f"{_MEETING}/{next(_meetings)}/"
     try:
         if word is not None:
-            client.key_value_set(f"{_MEETING}/{jax.process_index()}", word)
+            client.key_value_set(f"{words}{jax.process_index()}", word)
         client.wait_at_barrier(_MEETING, PATIENCE_SECONDS * 1000)
         said = {
-            int(key.rsplit("/", 1)[1]): str(value)
-            for key, value in client.key_value_dir_get(f"{_MEETING}/")
+            int(key.rsplit("/", 1)[1]): str(value) for key, value in client.key_value_dir_get(words)
         }
-        if said:
-            client.wait_at_barrier(f"{_MEETING}-read", PATIENCE_SECONDS * 1000)
-            if word is not None:
-                client.key_value_delete(f"{_MEETING}/{jax.process_index()}")
-            client.wait_at_barrier(f"{_MEETING}-done", PATIENCE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise _lost(error) from error
     return dict(sorted(said.items()))
