@@ -7,6 +7,7 @@ targets, the model and the settings that it began with.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,10 @@ CHECKPOINT_FOLDER = "checkpoints"
 SUMS_FILE = "SHA256SUMS"
 _SAVING, _REMOVING, _DAMAGED = "saving-", "removing-", "damaged-"
 _READERS = 8
+
+# Orbax logs each error of its threads with a traceback, and raises it in ours too, where it becomes
+# one sentence.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 # What may change between the parts of one run: none of it changes which numbers are computed, but
 # for the last digits where devices or chunks differ. Paths may move; identities are compared.

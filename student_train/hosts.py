@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,6 +27,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"
 PATIENCE_SECONDS = 3600
 # After this the process that failed leaves, whether or not the others have heard of it.
 _FAREWELL_SECONDS = 10
+_LISTEN_SECONDS = 0.5
 _EXIT_FAILED = 2
 _meetings = itertools.count()
 _MEETING, _FAILED, _HEARD = "retort/meeting", "retort/failed", "retort/heard"
@@ -41,7 +42,7 @@ def wants_several(environment: Mapping[str, str]) -> bool:
     given = [name for name in EXPLICIT if environment.get(name)]
     if len(given) == len(EXPLICIT):
         return True
-    if given and given != EXPLICIT[:1]:
+    if given and given != [EXPLICIT[0]]:
         missing = ", ".join(name for name in EXPLICIT if name not in given)
         raise ConfigError(
             f"A run over several processes needs {', '.join(EXPLICIT)}, but {missing} is not set; "
@@ -145,7 +146,8 @@ def ending_together() -> Iterator[None]:
         yield
         return
     finished = threading.Event()
-    threading.Thread(target=_listen, args=(finished,), daemon=True, name="hosts").start()
+    listener = threading.Thread(target=_listen, args=(finished,), daemon=True, name="hosts")
+    listener.start()
     try:
         yield
     except SystemExit:
@@ -160,42 +162,50 @@ def ending_together() -> Iterator[None]:
         raise
     finally:
         finished.set()
+        # Python ends by force a thread that it finds inside JAX at its own end, and crashes.
+        listener.join()
 
 
 def _listen(finished: threading.Event) -> None:
     client = _client()
-    while not finished.is_set():
+    while not finished.wait(_LISTEN_SECONDS):
         try:
-            sentence = client.blocking_key_value_get(_FAILED, 1000)
+            sentence = client.key_value_try_get(_FAILED)
         except jax.errors.JaxRuntimeError:
-            continue
-        if finished.is_set():
-            return
+            continue  # nobody said that they failed
         print(f"retort: {sentence}", file=sys.stderr, flush=True)
         client.key_value_set(f"{_HEARD}/{jax.process_index()}", "")
+        if is_first():
+            # The service is its own, and without it JAX crashes those who have not left yet.
+            _wait_until_heard_by(jax.process_count())
+            time.sleep(_LISTEN_SECONDS)
         # The main thread may be waiting inside JAX for the process that failed, for ever.
         os._exit(_EXIT_FAILED)
 
 
 def _tell_and_leave(error: BaseException) -> None:
     """Tell the others, and see to it that this process leaves without waiting for them."""
-    client = _client()
     sentence = str(error) if isinstance(error, RetortError) else repr(error)
     try:
-        client.key_value_set(_FAILED, f"process {jax.process_index()} failed: {sentence}")
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        others = jax.process_count() - 1
-        while len(client.key_value_dir_get(f"{_HEARD}/")) < others and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _client().key_value_set(_FAILED, f"process {jax.process_index()} failed: {sentence}")
+        _wait_until_heard_by(jax.process_count() - 1)
     except jax.errors.JaxRuntimeError:
         pass  # someone else told first, or process 0 is gone and with it all that could hear
     # Registered after JAX's own, so run before it, which would wait for processes that are gone.
     atexit.register(_leave)
 
 
+def _wait_until_heard_by(count: int) -> None:
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    while len(_client().key_value_dir_get(f"{_HEARD}/")) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    with suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_HEARD}/{jax.process_index()}", "")
     os._exit(_EXIT_FAILED)
 
 

@@ -4,6 +4,7 @@ A record belongs to a step. On a resume everything after the restored step is cu
 step is ever reported twice.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+# Far more than come between two looks at the thread that takes them.
+_QUEUE = 1000
 
 
 class Metrics:
@@ -28,7 +31,10 @@ class Metrics:
         self._kept = _truncate(self.path, restored_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
-            str(out / TENSORBOARD_FOLDER), purge_step=restored_step + 1, write_to_disk=True
+            str(out / TENSORBOARD_FOLDER),
+            purge_step=restored_step + 1,
+            write_to_disk=True,
+            max_queue=_QUEUE,
         )
 
     def write(self, record: dict[str, Any]) -> None:
@@ -39,7 +45,13 @@ class Metrics:
         self._file.flush()
         for name, value in record.items():
             if name != "step" and value is not None:
+                if not self._is_board_written():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path.parent))
                 self._board.add_scalar(name, value, record["step"])
+
+    def _is_board_written(self) -> bool:
+        """Whether TensorBoard's thread lives; an error ends it, and then its queue only fills."""
+        return self._board.file_writer.event_writer._worker.is_alive()
 
     def _has(self, record: dict[str, Any]) -> bool:
         return any(
@@ -50,7 +62,8 @@ class Metrics:
         if self._silent:
             return
         self._file.close()
-        self._board.close()
+        if self._is_board_written():
+            self._board.close()
 
     def __enter__(self) -> "Metrics":
         return self

@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:
     config = folder / f"{name}.json"
-    run = small_config(folder, folder / name, steps=STEPS, checkpoint_every=4, **changes)
+    fields = {"steps": STEPS, "checkpoint_every": 4} | changes
+    run = small_config(folder, folder / name, **fields)
     config.write_text(run.model_dump_json())
     return config
 
