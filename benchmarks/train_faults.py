@@ -52,12 +52,12 @@ from schemas.runs import TrainConfig
 from student_train import loop
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, check_sums
-from student_train.data import StoreSource, row_order
+from student_train.data import AHEAD, StoreSource, row_order
 from student_train.step import abstract_state
 
 CLASSES = ("kill", "signal", "checkpoint", "disk", "store")
 STEPS, EVERY, EVAL_EVERY = 40, 4, 10
-ROWS, SHARD_ROWS, BATCH = 200, 4, 8
+ROWS, SHARD_ROWS, BATCH = 200, 2, 8
 DELAY_SECONDS = 0.02
 EXIT_REFUSED, EXIT_CRASHED = 2, 3
 PATIENCE_SECONDS = 900
@@ -412,11 +412,17 @@ def disks(world: World, count: int) -> list[Case]:
 # Stores
 
 
-def late_shard(store: Path, step: int) -> int:
-    """A shard of which no row is drawn before `step`, nor for the check at the start."""
+def late_shard(store: Path) -> int:
+    """The shard whose first row is drawn last; the check at the start has no row of it either."""
     order = row_order(StoreSource(str(store), "default"), 0)
-    early = {int(row) // SHARD_ROWS for n in range(step) for row in order.rows(n, BATCH)}
-    return min(set(range(ROWS // SHARD_ROWS)) - early)
+    first: dict[int, int] = {}
+    for step in range(STEPS):
+        for row in order.rows(step, BATCH).tolist():
+            first.setdefault(row // SHARD_ROWS, step)
+    shard = max(first, key=lambda number: first[number])
+    # Batches are read AHEAD, and the damage comes after step 3.
+    assert first[shard] > 3 + AHEAD + 2
+    return shard
 
 
 def shard_file(store: Path, array: str, shard: int) -> Path:
@@ -426,7 +432,7 @@ def shard_file(store: Path, array: str, shard: int) -> Path:
 
 def stores(world: World) -> list[Case]:
     true = world.folder / "true-store"
-    shard = int(in_fork(lambda: str(late_shard(true, 18))))
+    shard = int(in_fork(lambda: str(late_shard(true))))
     array = "targets/default/entry_bucket"
     raw = shard_file(true, array, shard).read_bytes()
     targets = [path.parent for path in (true / "targets/default").glob("*/c")]
@@ -507,7 +513,7 @@ def stores(world: World) -> list[Case]:
     return [case, other, grows]
 
 
-PARTIAL_SHARDS = 30
+PARTIAL_SHARDS = 60
 
 
 def make_stores(folder: Path) -> None:
