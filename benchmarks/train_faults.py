@@ -57,7 +57,7 @@ from student_train.step import abstract_state
 
 CLASSES = ("kill", "signal", "checkpoint", "disk", "store")
 STEPS, EVERY, EVAL_EVERY = 40, 4, 10
-ROWS, SHARD_ROWS, BATCH = 200, 2, 8
+ROWS, SHARD_ROWS, BATCH = 196, 2, 8
 DELAY_SECONDS = 0.02
 EXIT_REFUSED, EXIT_CRASHED = 2, 3
 PATIENCE_SECONDS = 900
