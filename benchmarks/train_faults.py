@@ -33,6 +33,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ from student_train.step import abstract_state
 CLASSES = ("kill", "signal", "checkpoint", "disk", "store")
 STEPS, EVERY, EVAL_EVERY = 40, 4, 10
 ROWS, SHARD_ROWS, BATCH = 196, 2, 8
+TOKENS = 128
+"""Of a row: enough of them that one row alone shows whether it is misaligned."""
 DELAY_SECONDS = 0.02
 EXIT_REFUSED, EXIT_CRASHED = 2, 3
 PATIENCE_SECONDS = 900
@@ -426,7 +429,7 @@ def late_shard(store: Path) -> int:
 
 
 def shard_file(store: Path, array: str, shard: int) -> Path:
-    (found,) = (store / array / "c").glob(f"{shard}/*")
+    (found,) = (path for path in (store / array / "c" / str(shard)).rglob("*") if path.is_file())
     return found
 
 
@@ -435,7 +438,9 @@ def stores(world: World) -> list[Case]:
     shard = int(in_fork(lambda: str(late_shard(true))))
     array = "targets/default/entry_bucket"
     raw = shard_file(true, array, shard).read_bytes()
-    targets = [path.parent for path in (true / "targets/default").glob("*/c")]
+    # Tables have no shards.
+    targets = [path.parents[1] for path in (true / "targets/default").glob(f"*/c/{shard}")]
+    assert len(targets) > 3
     rolled = {
         shard_file(true, str(path.relative_to(true)), shard): shard_file(
             world.folder / "rolled", str(path.relative_to(true)), shard
@@ -517,18 +522,18 @@ PARTIAL_SHARDS = 60
 
 
 def make_stores(folder: Path) -> None:
-    make = student_store.make_store
+    make = partial(student_store.make_store, length=TOKENS)
     make(folder / "true-store", rows=ROWS, shard_sequences=SHARD_ROWS)
     make(folder / "rolled", rows=ROWS, shard_sequences=SHARD_ROWS, roll=1)
     make(folder / "other", rows=ROWS, shard_sequences=SHARD_ROWS, seed=9)
     make(folder / "growing", rows=ROWS, shard_sequences=SHARD_ROWS, targets=False)
-    rows = student_store.make_rows(ROWS, 32, 1)
+    rows = student_store.make_rows(ROWS, TOKENS, 1)
     student_store.add_targets(folder / "growing", "default", *rows, shards=PARTIAL_SHARDS)
     make(folder / "held-out", rows=24, seed=2, targets=False)
 
 
 def finish_targets(store: Path) -> None:
-    tokens, segments = student_store.make_rows(ROWS, 32, 1)
+    tokens, segments = student_store.make_rows(ROWS, TOKENS, 1)
     targets = writer.TargetsWriter(str(store), "default")
     encoded = student_store.make_targets(tokens, segments)
     for spec in writer.plan_shards(targets.manifest)[PARTIAL_SHARDS:]:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 
@@ -37,12 +38,13 @@ class Interrupt:
 
     def __init__(self, stop: threading.Event | None):
         self._stop = stop
+        self._asked: int | None = None
         self._signal: int | None = None
         self._unsaved = threading.Lock()
         self._saved_step: int | None = None
 
     def requested(self) -> bool:
-        return self._signal is not None or (self._stop is not None and self._stop.is_set())
+        return self._number() is not None or (self._stop is not None and self._stop.is_set())
 
     def agreed(self) -> int | None:
         """The exit status to stop with if any process was asked to; all must call this together."""
@@ -71,8 +73,16 @@ class Interrupt:
             with self._unsaved:
                 self._saved_step = None
 
+    def _number(self) -> int | None:
+        return self._asked if self._signal is None else self._signal
+
     def _code(self) -> int:
-        return 0 if self._signal is None else _EXIT_STATUS[signal.Signals(self._signal)]
+        number = self._number()
+        return 0 if number is None else _EXIT_STATUS[signal.Signals(number)]
+
+    def _handle(self, number: int, _: Any) -> None:
+        """Of Python's own, sooner than the thread where the main thread is not deaf."""
+        self._asked = number
 
     def _receive(self, number: int) -> None:
         if self._signal is not None:
@@ -111,8 +121,7 @@ def watch(stop: threading.Event | None) -> Iterator[Interrupt]:
 
     thread = threading.Thread(target=listen, daemon=True, name="signals")
     thread.start()
-    # A handler must be set for the number to be written; what it does is done by the thread.
-    before = {number: signal.signal(number, lambda *_: None) for number in _EXIT_STATUS}
+    before = {number: signal.signal(number, interrupt._handle) for number in _EXIT_STATUS}
     before_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield interrupt

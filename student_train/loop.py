@@ -431,7 +431,13 @@ class _Run:
                 self._save_now(state, checkpoints)
                 self.interrupt.raise_at(step, code)
 
-        evaluation = evaluator(state.params, on_rows)
+        try:
+            evaluation = evaluator(state.params, on_rows)
+        except RetortError:
+            # Of several processes the others know nothing of it, and a save is made by all.
+            if jax.process_count() == 1:
+                self._save_now(state, checkpoints)
+            raise
         record = {
             "step": step,
             "eval_nats_per_token": evaluation.nats_per_token,
