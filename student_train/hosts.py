@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jax
 from jax._src import distributed  # the coordination service's client has no public name
@@ -22,12 +24,15 @@ from schemas.errors import ConfigError, HostError, RetortError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 # The others may be compiling, restoring or writing a checkpoint: only a run that hangs waits this.
 PATIENCE_SECONDS = 3600
 # After this the process that failed leaves, whether or not the others have heard of it.
 _FAREWELL_SECONDS = 10
 _LISTEN_SECONDS = 0.5
+# Assumed: a network file system shows a new file sooner than this.
+_SHARED_SECONDS = 10
 _EXIT_FAILED = 2
 _meetings = itertools.count()
 _MEETING, _FAILED, _HEARD = "retort/meeting", "retort/failed", "retort/heard"
@@ -52,7 +57,13 @@ def wants_several(environment: Mapping[str, str]) -> bool:
         return int(environment.get("SLURM_NTASKS", "1")) > 1
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return True
-    return find_spec("libtpu") is not None and environment.get("JAX_PLATFORMS", "tpu") != "cpu"
+    # The library alone is no TPU: it also compiles for one that is elsewhere.
+    has_tpu = "TPU_WORKER_ID" in environment or any(map(os.path.exists, _TPU_DEVICES))
+    return (
+        has_tpu
+        and find_spec("libtpu") is not None
+        and environment.get("JAX_PLATFORMS", "tpu") != "cpu"
+    )
 
 
 def join() -> None:
@@ -134,6 +145,33 @@ def agree_on(error: RetortError | None) -> None:
 def from_first(word: str) -> str:
     """What process 0 says here, whatever the others say."""
     return agree(word if is_first() else None)[0]
+
+
+def check_shared(folder: Path) -> None:
+    """Raise ConfigError, on every process, unless all see the same folder; it is made."""
+    if jax.process_count() == 1:
+        return
+    name = from_first(f".seen-by-all-{uuid4().hex}")
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    agree()
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (is_seen := (folder / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        agree_on(
+            None
+            if is_seen
+            else ConfigError(
+                f"`out` must be a folder that all processes of a run share, but {folder} of "
+                f"process {jax.process_index()} is not that of process 0; name one on a shared "
+                "file system."
+            )
+        )
+    finally:
+        if is_first():
+            (folder / name).unlink()
 
 
 @contextmanager

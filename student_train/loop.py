@@ -181,6 +181,7 @@ class _Run:
         )
 
     def result(self) -> TrainResult:
+        hosts.check_shared(self.config.out)
         finished = self._finished()
         if finished is not None:
             return finished

@@ -142,6 +142,16 @@ def test_what_ends_one_process_ends_all(tmp_path: Path) -> None:
     assert "nothing.json" in said[0][1]
 
 
+def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", rows=ROWS)
+    configs = [write_config(tmp_path, name) for name in ("here", "elsewhere")]
+    said = finish(start_several(configs, devices=2), status=2, seconds=120)
+    for _, errors in said:
+        assert "a folder that all processes of a run share" in errors
+        assert "elsewhere of process 1 is not that of process 0" in errors
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 SLURM = {
     "SLURM_JOB_ID": "1",
     "SLURM_STEP_NODELIST": "a,b",
