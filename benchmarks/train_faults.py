@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -249,7 +250,7 @@ def kills(world: World, count: int) -> list[Case]:
             run.send(signal.SIGKILL)
             if run.end() == -signal.SIGKILL:
                 case.tries += 1
-                case.notes["while a checkpoint was written" if in_save else f"at a {kind}"] += 1
+                case.notes["while a checkpoint was written" if in_save else f"during {kind}"] += 1
         goes_on(case, world, config, f"killed run {number}")
     case.notes["runs in all"] += number
     return [case]
@@ -290,12 +291,12 @@ def signals(world: World, count: int) -> list[Case]:
                             saved.is_dir() or "nothing had to be saved" in run.said(),
                             f"{what}: {saved} is not there",
                         )
-                case.notes[f"at a {kind}"] += 1
+                case.notes[f"during {kind}"] += 1
             else:
                 case.notes["was over before"] += 1
             goes_on(case, world, config, what)
             shutil.rmtree(config.out)
-    first.notes[f"s at most from the signal to the end: {longest:.1f}"] += 0
+    first.notes["seconds at most from the signal to the end"] = math.ceil(longest)
     return [first, second]
 
 

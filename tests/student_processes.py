@@ -37,7 +37,9 @@ def start(
     )
 
 
-def start_several(configs: list[Path], *, devices: int) -> "list[subprocess.Popen[str]]":
+def start_several(
+    configs: list[Path], *, devices: int, delay_seconds: float = 0
+) -> "list[subprocess.Popen[str]]":
     """The processes of one run, with a config and `devices` each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -45,6 +47,7 @@ def start_several(configs: list[Path], *, devices: int) -> "list[subprocess.Pope
     return [
         start(
             config,
+            delay_seconds,
             devices=devices,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(len(configs)),

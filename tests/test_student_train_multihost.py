@@ -1,6 +1,8 @@
 """Several processes train as one: the same numbers, their own rows, one end."""
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,20 @@ def test_processes_stop_at_one_step_for_a_shard_that_one_cannot_read(tmp_path: P
     lost.write_bytes(kept)
     for output, _ in finish(start_several([config] * 2, devices=2)):
         assert f"resumed_from={step}" in output
+
+
+def test_a_signal_to_one_process_stops_all_with_the_state_saved(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", rows=ROWS)
+    config = write_config(tmp_path, "out", steps=400, checkpoint_every=1000)
+    processes = start_several([config] * 2, devices=1, delay_seconds=0.1)
+    deadline = time.monotonic() + 200
+    while len(records(tmp_path / "out")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes, status=0, seconds=60)
+    steps = [record["step"] for record in records(tmp_path / "out")]
+    assert 2 <= len(steps) < 400
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [str(steps[-1])]
 
 
 def test_what_ends_one_process_ends_all(tmp_path: Path) -> None:
