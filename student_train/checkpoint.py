@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -288,10 +289,18 @@ class Checkpoints:
         self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        sys.unraisablehook = self._hook
+
+    def _on_unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """After a failed write TensorStore answers to an event loop that Orbax has closed."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
 
 
 def write_sums(folder: Path) -> None:
