@@ -10,6 +10,7 @@ from schemas.errors import ConfigError
 from schemas.runs import EvalConfig, ExportConfig, TrainConfig
 from student_train import evaluate as evaluation
 from student_train import export as exporting
+from student_train import hosts
 from student_train.dry_run import DryRun
 from student_train.interrupt import TrainingInterrupted
 from student_train.loop import TrainResult
@@ -24,8 +25,11 @@ TOKENIZER_FILE = "tokenizer.model"
 def train(config: TrainConfig, console: Console, label: str = "train") -> TrainResult:
     """Train, or continue, or reuse a finished run, saying which; raises what the trainer raises.
 
-    The tokenizer, if there is one, is copied into the exported model and counts bits per byte.
+    The tokenizer, if there is one, is copied into the exported model and counts bits per byte. Of
+    several processes, found by the environment, only the first says anything but its errors.
     """
+    hosts.join()
+    console.quiet = console.quiet or not hosts.is_first()
     tokenizer = _tokenizer(config.tokenizer, config.store)
     piece_bytes = None if tokenizer is None else tokenizer.piece_bytes()
     try:
@@ -37,7 +41,11 @@ def train(config: TrainConfig, console: Console, label: str = "train") -> TrainR
                     console.print(f"{label}: {event.notice}")
 
             result = run_training(
-                config, piece_bytes=piece_bytes, tokenizer=config.tokenizer, on_event=on_event
+                config,
+                piece_bytes=piece_bytes,
+                tokenizer=config.tokenizer,
+                on_event=on_event,
+                say=lambda line: console.print(f"{label}: {line}"),
             )
             if result.reused:
                 advance(config.steps, "reused")

@@ -50,6 +50,14 @@ class CheckpointError(RetortError, ValueError):
     """A checkpoint cannot be read into this model or continued by this run."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+class HostError(RetortError, ConnectionError):
+    """Another process of a run failed, or cannot be reached."""
+
+
 class DivergenceError(RetortError, FloatingPointError):
     """Training produced a loss that is not a number."""
 

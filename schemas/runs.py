@@ -230,6 +230,11 @@ class TrainConfig(Document):
     targets: str | None = Field(
         "default", description="Name of the stored targets; none trains on labels alone."
     )
+    partial_store: bool = Field(
+        False,
+        description="Train on a store that is still being written: on its shards before the first "
+        "missing one, and on just these until the run ends.",
+    )
     alpha: float = Field(
         1.0, ge=0, le=1, description="Weight of the stored targets; labels get the rest."
     )
@@ -278,6 +283,11 @@ class TrainConfig(Document):
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 for the end only.")
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    on_failed_save: Literal["continue", "stop"] = Field(
+        "continue",
+        description="What follows when a checkpoint cannot be written, as on a full disk: continue "
+        "says so and tries again at the next, stop ends the run. Older ones stay.",
+    )
     log_every: int = Field(10, ge=1)
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Where records go besides JSON lines and TensorBoard."

@@ -80,7 +80,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class RowOrder(NamedTuple):
-    """Which rows a step takes: every epoch is another permutation of all rows."""
+    """Which rows a step takes: every epoch is another permutation of the first `num_rows`."""
 
     num_rows: int
     seed: int
@@ -104,6 +104,8 @@ class Source(Protocol):
 
     tokens_manifest: TokensManifest
     targets_manifest: TargetsManifest | None
+    num_rows: int
+    """Rows that are drawn from, the first of the store."""
 
     def read(self, rows: np.ndarray) -> Batch:
         """The given rows, in their order, as NumPy arrays."""
@@ -112,21 +114,45 @@ class Source(Protocol):
 class StoreSource:
     """A store's rows, with one set of targets or without (`targets` None).
 
-    Raises IncompleteStoreError unless every shard is committed: rows are drawn from all of them.
+    Rows are drawn from all shards. Of a store that is still being written (`partial`), they are
+    drawn from the whole shards before the first that is missing; `rows` is how many an earlier part
+    of the run drew from, and then so many again, whatever was written since.
+
+    Raises IncompleteStoreError if a shard that is needed is not committed.
     """
 
-    def __init__(self, store: str, targets: str | None):
+    def __init__(
+        self, store: str, targets: str | None, *, partial: bool = False, rows: int | None = None
+    ):
         self._targets = None if targets is None else TargetsReader(store, targets)
         self._tokens = TokensReader(store) if self._targets is None else self._targets.tokens
         self.tokens_manifest = self._tokens.manifest
         self.targets_manifest = None if self._targets is None else self._targets.manifest
+        total = self.tokens_manifest.num_sequences
+        self.num_rows = total if rows is None else min(rows, total)
         for what, reader in (("tokens", self._tokens), (f"targets '{targets}'", self._targets)):
-            if reader is not None and not reader.committed.all():
+            if reader is None or reader.committed.all():
+                continue
+            committed = f"{reader.committed.sum()} of the {reader.manifest.num_shards} shards"
+            if not partial:
                 raise IncompleteStoreError(
-                    f"Training draws from all rows, but only {reader.committed.sum()} of the "
-                    f"{reader.manifest.num_shards} shards of the {what} of {store} are committed; "
-                    "run the job that writes them again."
+                    f"Training draws from all rows, but only {committed} of the {what} of {store} "
+                    "are committed; run the job that writes them again, or train on those before "
+                    "the first missing one with --partial_store."
                 )
+            missing = int(np.argmin(reader.committed))
+            prefix = missing * reader.manifest.shard_sequences
+            if rows is not None and prefix < rows:
+                raise IncompleteStoreError(
+                    f"The run draws from the first {rows} rows, but shard {missing} of the {what} "
+                    f"of {store} is no longer committed; run the job that writes it again."
+                )
+            if prefix == 0:
+                raise IncompleteStoreError(
+                    f"Training on a part of a store needs its first shards, but shard 0 of the "
+                    f"{what} of {store} is not committed; wait for it."
+                )
+            self.num_rows = min(self.num_rows, prefix)
 
     def read(self, rows: np.ndarray) -> Batch:
         if self._targets is None:
@@ -149,7 +175,7 @@ def label_batch(tokens: np.ndarray, segment_ids: np.ndarray) -> Batch:
 def row_order(source: Source, seed: int) -> RowOrder:
     """The order in which a run with `seed` reads a store."""
     manifest = source.tokens_manifest
-    return RowOrder(manifest.num_sequences, seed, identity(manifest))
+    return RowOrder(source.num_rows, seed, identity(manifest))
 
 
 def place(rows: np.ndarray, read: Callable[[np.ndarray], Batch], where: NamedSharding) -> Batch:

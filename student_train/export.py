@@ -40,6 +40,12 @@ def export(
                 f"step must be a checkpointed one, but {run} has {known or 'none'} and "
                 f"{'none was' if step is None else step} asked for; choose one of them."
             )
+        fault = checkpoints.fault(step)
+        if fault is not None:
+            raise CheckpointError(
+                f"A checkpoint must be as it was written, but {checkpoints.folder_of(step)} is not "
+                f"({fault}); choose another of {known}."
+            )
         identity = checkpoints.identity(step)
         model = identity.model
         averaged = averaged and identity.settings.get("ema_decay") is not None

@@ -5,10 +5,13 @@ state is made or restored, steps run, the last state is evaluated, saved and exp
 step needs is a function of its number, so a run that was cut off continues bit for bit.
 """
 
+import errno
 import json
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +24,16 @@ from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import presets
 from gemma2.placement import check_model
 from schemas.base import Document
-from schemas.errors import ConfigError
+from schemas.errors import (
+    CheckpointError,
+    ConfigError,
+    RetortError,
+    SaveError,
+    StorageError,
+)
 from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
-from student_train import alignment, export, trackers
+from student_train import alignment, export, hosts, trackers
 from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, RunIdentity
 from student_train.data import Batch, StoreSource, place, prefetch, row_order
@@ -86,6 +95,7 @@ def train(
     piece_bytes: np.ndarray | None = None,
     tokenizer: Path | None = None,
     on_event: OnEvent | None = None,
+    say: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
     devices: Sequence[Any] | None = None,
 ) -> TrainResult:
@@ -96,18 +106,35 @@ def train(
       piece_bytes: int32 [V], UTF-8 bytes of each id, for bits per byte.
       tokenizer: SentencePiece file that is copied into the export.
       on_event: called after every step.
+      say: given a line about what went wrong and was got over; default: to stderr.
       stop: once set, the run is saved and TrainingInterrupted raised, as after SIGTERM.
       devices: default all.
 
     Raises ConfigError, ManifestMismatchError, IncompleteStoreError, AlignmentError, CheckpointError
-    or DivergenceError; TrainingInterrupted (a SystemExit) after a signal, the state being saved.
+    or DivergenceError; HostError if another of several processes failed; TrainingInterrupted (a
+    SystemExit) after a signal, the state being saved.
     """
     tell = on_event or (lambda event: None)
-    with watch(stop) as interrupt:
-        result = _Run(config, piece_bytes, tokenizer, tell, interrupt, devices).result()
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    with watch(stop) as interrupt, hosts.ending_together(), _full_disk_explained(config.out):
+        result = _Run(config, piece_bytes, tokenizer, tell, say, interrupt, devices).result()
         if interrupt.requested():
             interrupt.raise_at(config.steps)
         return result
+
+
+@contextmanager
+def _full_disk_explained(out: Path) -> Iterator[None]:
+    """What is written beside checkpoints: records, events of TensorBoard, the exported model."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RetortError) or os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise StorageError(
+            f"A run needs room for its records and its model, but the disk of {out} is full; make "
+            "room and run the same command, which continues from the last checkpoint."
+        ) from error
 
 
 def dry_run(config: TrainConfig, devices: Sequence[Any] | None = None) -> DryRun:
@@ -116,7 +143,7 @@ def dry_run(config: TrainConfig, devices: Sequence[Any] | None = None) -> DryRun
     Raises what `train` raises before its first step.
     """
     with watch(None) as interrupt:
-        run = _Run(config, None, None, lambda event: None, interrupt, devices)
+        run = _Run(config, None, None, lambda event: None, print, interrupt, devices)
         run.check_alignment()
         train_step = make_train_step(run.model, run.config, run.head, run.mesh)
         return measure(
@@ -139,15 +166,20 @@ class _Run:
         piece_bytes: np.ndarray | None,
         tokenizer: Path | None,
         tell: OnEvent,
+        say: Callable[[str], None],
         interrupt: Interrupt,
         devices: Sequence[Any] | None,
     ):
         self.config = config = definite(config)
-        self.tell, self.interrupt = tell, interrupt
+        self.tell, self.say, self.interrupt = tell, say, interrupt
         self.tokenizer, self.piece_bytes = tokenizer, piece_bytes
         trackers.check(config)
         self.model = presets.resolve(config.model)
-        self.source = StoreSource(config.store, config.targets)
+        with Checkpoints(config.out, None) as checkpoints:
+            rows = checkpoints.rows()
+        self.source = StoreSource(
+            config.store, config.targets, partial=config.partial_store, rows=rows
+        )
         vocab_size = self.source.tokens_manifest.tokenizer.vocab_size
         check_vocabulary(self.model, vocab_size, config.store)
         self.mesh = meshes.make_mesh(config.mesh, devices)
@@ -155,12 +187,14 @@ class _Run:
         meshes.check_batch(self.mesh, config.batch_sequences, config.accumulate)
         self.identity = RunIdentity.of(config, self.model, self.source)
         self.order = row_order(self.source, config.seed)
+        self._read = self._checked_read()
         self.abstract = abstract_state(self.model, config, self.mesh)
         self.head = make_head(
             self.model, vocab_size, self.source.targets_manifest, config.loss_chunk_tokens
         )
 
     def result(self) -> TrainResult:
+        hosts.check_shared(self.config.out)
         finished = self._finished()
         if finished is not None:
             return finished
@@ -170,12 +204,11 @@ class _Run:
             with Metrics(
                 self.config.out,
                 resumed_from or 0,
-                silent=jax.process_index() != 0,
+                silent=not hosts.is_first(),
                 open_trackers=partial(trackers.open_trackers, self.config),
             ) as metrics:
                 state, evaluation = self._run(state, checkpoints, metrics)
-            checkpoints.save(state, self.identity)
-            checkpoints.wait()
+            self._save_now(state, checkpoints)
             return self._finish(state, evaluation, checkpoints, metrics, resumed_from)
 
     def _finished(self) -> TrainResult | None:
@@ -208,7 +241,7 @@ class _Run:
         out = self.config.out
         folder = out / export.EXPORT_FOLDER
         export.write(folder, self.model, state.result, self.tokenizer)
-        checkpoint = checkpoints.folder / str(self.config.steps)
+        checkpoint = checkpoints.folder_of(self.config.steps)
         finished = _Finished(
             run=self.identity,
             eval_store=self.config.eval_store,
@@ -217,8 +250,9 @@ class _Run:
             checkpoint=str(checkpoint.relative_to(out.absolute())),
             export=folder.name,
         )
-        if jax.process_index() == 0:
+        if hosts.is_first():
             _write_atomically(out / RESULT_FILE, finished.model_dump_json(indent=2))
+        hosts.agree()  # nobody leaves before all is written
         return TrainResult(evaluation, metrics.path, checkpoint, folder, resumed_from, reused=False)
 
     def check_alignment(self) -> None:
@@ -231,15 +265,15 @@ class _Run:
         alignment.check_alignment(batch, sampler, f"'{self.config.targets}' of {self.config.store}")
 
     def _first_state(self, checkpoints: Checkpoints) -> tuple[State, int | None]:
-        """The newest checkpoint's state and its step, or a new state and None."""
-        known = checkpoints.steps()
-        if known:
-            where = checkpoints.folder / str(known[-1])
-            self.identity.check(checkpoints.identity(known[-1]), where)
-            return checkpoints.restore(known[-1], self.abstract), known[-1]
+        """The newest whole checkpoint's state and its step, or a new state and None."""
+        checkpoints.sweep()
+        newest = self._newest_whole(checkpoints)
+        if newest is not None:
+            return checkpoints.restore(newest, self.abstract), newest
         return self.new_state(), None
 
     def new_state(self) -> State:
+        """The state before the first step."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if self.config.init is None:
             make = partial(make_state, self.model, self.config)
@@ -249,6 +283,35 @@ class _Run:
         params = jax.device_put(params, shardings.params)
         make = partial(init_state, config=self.config)
         return jax.jit(make, out_shardings=shardings)(params)
+
+    def _newest_whole(self, checkpoints: Checkpoints) -> int | None:
+        """The newest whole checkpoint's step, or None if there is none of any kind.
+
+        Newer ones that are damaged are set aside. Raises CheckpointError if all there are.
+        """
+        known = checkpoints.steps()
+        faults: dict[int, str] = {}
+        for step in reversed(known):
+            fault = checkpoints.fault(step)
+            if fault is not None:
+                faults[step] = fault
+                continue
+            where = checkpoints.folder_of(step)
+            self.identity.check(checkpoints.identity(step), where)
+            for damaged, what in faults.items():
+                aside = checkpoints.set_aside(damaged)
+                self.say(
+                    f"The checkpoint of step {damaged} is damaged ({what}) and was moved to "
+                    f"{aside}; the run continues from that of step {step}."
+                )
+            return step
+        if faults:
+            listed = "; ".join(f"step {step}: {what}" for step, what in faults.items())
+            raise CheckpointError(
+                f"A run continues from a whole checkpoint, but in {checkpoints.folder} none is "
+                f"({listed}); put one back from a copy, or move the folder away to begin again."
+            )
+        return None
 
     def _run(
         self, state: State, checkpoints: Checkpoints, metrics: Metrics
@@ -263,19 +326,21 @@ class _Run:
         # A run that was cut off between a checkpoint and its evaluation makes up for it here.
         evaluation = self._evaluate(evaluator, first, state, checkpoints, metrics)
         batches = prefetch(self.batch, first, config.steps)
+        waits = timed(batches)
         try:
-            for (step, batch), waited_seconds in timed(batches):
-                state, step_metrics = train_step(state, batch)
+            for step in range(first, config.steps):
+                batch, waited_seconds = self._next_batch(waits, step, state, checkpoints, reporter)
+                if step == first:
+                    with self.interrupt.nothing_to_save(step):
+                        state, step_metrics = train_step(state, batch)
+                else:
+                    state, step_metrics = train_step(state, batch)
                 done = step + 1
                 # One step is under way while the one before it is read: the device never waits.
                 self._tell_all(reporter.add(done, step_metrics, waited_seconds))
-                asked = self._is_asked_to_stop(done)
-                if asked or done % config.checkpoint_every == 0 or done == config.steps:
+                if done % config.checkpoint_every == 0 or done == config.steps:
                     self._tell_all(reporter.flush())
-                    checkpoints.save(state, self.identity)
-                if asked:
-                    checkpoints.wait()
-                    self.interrupt.raise_at(done)
+                    self._save(state, checkpoints)
                 if self._is_evaluated(done):
                     self._tell_all(reporter.flush())
                     evaluation = self._evaluate(evaluator, done, state, checkpoints, metrics)
@@ -285,8 +350,9 @@ class _Run:
         return state, evaluation
 
     def batch(self, step: int) -> Batch:
+        """The batch of a step, over the mesh."""
         rows = self.order.rows(step, self.config.batch_sequences)
-        return place(rows, self.source.read, meshes.rows_sharding(self.mesh))
+        return place(rows, self._read, meshes.rows_sharding(self.mesh))
 
     def work(self) -> Work:
         length = self.source.tokens_manifest.sequence_tokens
@@ -309,11 +375,71 @@ class _Run:
 
         return Reporter(config, self.work(), metrics, rows_of, checkpoint_until)
 
-    def _is_asked_to_stop(self, step: int) -> bool:
-        """Several hosts must agree, which costs a round trip: they ask when they log."""
-        if jax.process_count() == 1 or step % self.config.log_every == 0:
-            return self.interrupt.agreed()
-        return False
+    def _checked_read(self) -> Callable[[np.ndarray], Batch]:
+        """Reads rows, and refuses those of a shard whose targets are not of its tokens."""
+        manifest = self.source.targets_manifest
+        if manifest is None:
+            return self.source.read
+        where = f"'{self.config.targets}' of {self.config.store}"
+        shards = alignment.ShardAlignment(manifest.sampler, manifest.shard_sequences, where)
+
+        def read(rows: np.ndarray) -> Batch:
+            batch = self.source.read(rows)
+            shards.check(rows, batch)
+            return batch
+
+        return read
+
+    def _next_batch(
+        self,
+        waits: Iterator[tuple[tuple[int, Batch], float]],
+        step: int,
+        state: State,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+    ) -> tuple[Batch, float]:
+        """The batch of `step`, and the seconds it was waited for.
+
+        Once every process has its part of it and none was asked to stop. Otherwise the state is saved and TrainingInterrupted or the error is raised: no step is
+        taken on rows that one of them could not read.
+        """
+        found, error = None, None
+        try:
+            (_, batch), waited_seconds = next(waits)
+            found = batch, waited_seconds
+        except RetortError as raised:
+            error = raised
+        code = None
+        try:
+            hosts.agree_on(error)
+            code = self.interrupt.agreed()
+            if code is None:
+                assert found is not None
+                return found
+        except RetortError:
+            self._tell_all(reporter.flush())
+            self._save_now(state, checkpoints)
+            self.say(f"The run's state is saved at step {step}; once that is mended, run again.")
+            raise
+        self._tell_all(reporter.flush())
+        self._save_now(state, checkpoints)
+        self.interrupt.raise_at(step, code)
+
+    def _save(self, state: State, checkpoints: Checkpoints) -> None:
+        """Begin a save; one that fails is said, and ends the run only if that is wished."""
+        for begin in (checkpoints.wait, partial(checkpoints.save, state, self.identity)):
+            try:
+                begin()
+            except SaveError as error:
+                if self.config.on_failed_save == "stop":
+                    raise
+                self.say(f"{error} Training goes on.")
+
+    def _save_now(self, state: State, checkpoints: Checkpoints) -> None:
+        """Save, and return when it is on disk. Raises SaveError."""
+        self._save(state, checkpoints)
+        checkpoints.save(state, self.identity)
+        checkpoints.wait()
 
     def _evaluator(self) -> Evaluator | None:
         if self.config.eval_store is None:
@@ -345,12 +471,18 @@ class _Run:
 
         def on_rows(done: int, total: int) -> None:
             self.tell(TrainEvent(step, f"evaluating {done}/{total}"))
-            if self.interrupt.agreed():
-                checkpoints.save(state, self.identity)
-                checkpoints.wait()
-                self.interrupt.raise_at(step)
+            code = self.interrupt.agreed()
+            if code is not None:
+                self._save_now(state, checkpoints)
+                self.interrupt.raise_at(step, code)
 
-        evaluation = evaluator(state.result, on_rows)
+        try:
+            evaluation = evaluator(state.result, on_rows)
+        except RetortError:
+            # Of several processes the others know nothing of it, and a save is made by all.
+            if jax.process_count() == 1:
+                self._save_now(state, checkpoints)
+            raise
         record = {
             "step": step,
             "eval_nats_per_token": evaluation.nats_per_token,

@@ -5,6 +5,7 @@ step is ever reported twice. Trackers keep what they got: of a step that is done
 same numbers again.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from student_train.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+# Far more than come between two looks at the thread that takes them.
+_QUEUE = 1000
 
 
 class Metrics:
@@ -41,7 +44,10 @@ class Metrics:
         self._kept = _truncate(self.path, restored_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
-            str(out / TENSORBOARD_FOLDER), purge_step=restored_step + 1, write_to_disk=True
+            str(out / TENSORBOARD_FOLDER),
+            purge_step=restored_step + 1,
+            write_to_disk=True,
+            max_queue=_QUEUE,
         )
 
     def write(self, record: dict[str, Any]) -> None:
@@ -55,11 +61,17 @@ class Metrics:
             for name, value in record.items()
             if name != "step" and isinstance(value, int | float)
         }
+        if not self._is_board_written():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path.parent))
         for name, value in numbers.items():
             self._board.add_scalar(name, value, record["step"])
         # The record of a skipped step has none.
         for tracker in self._trackers if numbers else ():
             tracker.write(record["step"], numbers)
+
+    def _is_board_written(self) -> bool:
+        """Whether TensorBoard's thread lives; an error ends it, and then its queue only fills."""
+        return self._board.file_writer.event_writer._worker.is_alive()
 
     def _has(self, record: dict[str, Any]) -> bool:
         return any(
@@ -70,7 +82,8 @@ class Metrics:
         if self._silent:
             return
         self._file.close()
-        self._board.close()
+        if self._is_board_written():
+            self._board.close()
         for tracker in self._trackers:
             tracker.close()
 

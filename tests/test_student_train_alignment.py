@@ -8,7 +8,7 @@ from student_store import chain, make_store
 
 from schemas.errors import AlignmentError
 from schemas.manifest import SamplerSpec
-from student_train.alignment import check_alignment, neighbour_weights
+from student_train.alignment import ShardAlignment, check_alignment, neighbour_weights
 from student_train.data import Batch, StoreSource
 
 ROWS = np.arange(12)
@@ -53,3 +53,36 @@ def test_targets_of_other_rows_are_refused(tmp_path: Path) -> None:
     silent = batch._replace(entry_weight=np.zeros_like(batch.entry_weight))
     with pytest.raises(AlignmentError, match=r"0\.0000 on the next"):
         check_alignment(silent, sampler, "here")
+
+
+@pytest.mark.parametrize("roll", [-1, 1])
+def test_one_misaligned_shard_among_many_is_named(tmp_path: Path, roll: int) -> None:
+    """Means over all rows would pass: four of twelve rows are misplaced."""
+    good, sampler = read(make_store(tmp_path / "good"))
+    bad, _ = read(make_store(tmp_path / "bad", roll=roll))
+    misplaced = ROWS // 4 == 1
+    batch = Batch(
+        *(
+            np.where(misplaced.reshape(-1, *[1] * (b.ndim - 1)), b, g)
+            for g, b in zip(map(np.asarray, good), map(np.asarray, bad), strict=True)
+        )
+    )
+    check_alignment(batch, sampler, "here")
+    shards = ShardAlignment(sampler, 4, "'x'")
+    with pytest.raises(AlignmentError, match=r"those of shard 1 of 'x' put 0\.\d+ on the token"):
+        shards.check(ROWS, batch)
+    aligned = ShardAlignment(sampler, 4, "'x'")
+    aligned.check(ROWS, good)
+    # Vouched for once, a shard is not looked at again.
+    assert aligned._settled == set(range(3))
+    aligned.check(ROWS, batch)
+
+
+def test_a_teacher_that_knows_nothing_accuses_no_shard(tmp_path: Path) -> None:
+    batch, sampler = read(make_store(tmp_path / "store"))
+    random = np.random.default_rng(0)
+    shards = ShardAlignment(sampler, 4, "'x'")
+    for _ in range(300):
+        ids = random.integers(0, 61, batch.entry_id.shape).astype(np.int32)
+        shards.check(ROWS, batch._replace(entry_id=np.where(batch.entry_id < 0, -1, ids)))
+    assert shards._settled == set()

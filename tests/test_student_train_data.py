@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from student_store import ENTRIES, add_targets, make_rows, make_store
+from student_store import ENTRIES, add_targets, make_rows, make_store, make_targets
 
+from logit_store.writer import TargetsWriter, plan_shards
 from schemas.errors import IncompleteStoreError, StoreNotFoundError
 from student_train.data import Batch, RowOrder, StoreSource, permuted, place, prefetch, row_order
 
@@ -114,6 +115,43 @@ def test_an_incomplete_store_is_refused(tmp_path: Path) -> None:
     message = r"only 2 of the 3 shards of the targets 'default' of .* are committed"
     with pytest.raises(IncompleteStoreError, match=message):
         StoreSource(str(store), "default")
+
+
+def test_of_a_store_that_grows_a_run_keeps_to_its_rows(tmp_path: Path) -> None:
+    store = str(make_store(tmp_path / "store", targets=False, shard_sequences=4))
+    rows = make_rows(20, 32, 1)
+    add_targets(tmp_path / "store", "default", *rows, shards=3)
+    with pytest.raises(IncompleteStoreError, match=r"only 3 of the 5 shards .* --partial_store"):
+        StoreSource(store, "default")
+    source = StoreSource(store, "default", partial=True)
+    assert source.num_rows == 12
+    drawn = np.concatenate([row_order(source, 0).rows(step, 6) for step in range(2)])
+    np.testing.assert_array_equal(np.sort(drawn), np.arange(12))
+    targets = TargetsWriter(store, "default")
+    spec = plan_shards(targets.manifest)[3]
+    part = slice(spec.first_row, spec.stop_row)
+    targets.write(spec, rows[0][part], rows[1][part], make_targets(*rows).part(part))
+    assert StoreSource(store, "default", partial=True).num_rows == 16
+    again = StoreSource(store, "default", partial=True, rows=12)
+    for step in range(4):
+        np.testing.assert_array_equal(
+            row_order(again, 0).rows(step, 5), row_order(source, 0).rows(step, 5)
+        )
+    # Labels alone need no targets.
+    assert StoreSource(store, None).num_rows == 20
+
+
+def test_a_part_of_a_store_must_begin_at_its_beginning(tmp_path: Path) -> None:
+    store = str(make_store(tmp_path / "store", shard_sequences=4))
+    targets = StoreSource(store, "default")._targets
+    assert targets is not None
+    targets.ledger.withdraw([2])
+    with pytest.raises(IncompleteStoreError, match=r"first 20 rows, but shard 2 of the targets"):
+        StoreSource(store, "default", partial=True, rows=20)
+    assert StoreSource(store, "default", partial=True).num_rows == 8
+    targets.ledger.withdraw([0])
+    with pytest.raises(IncompleteStoreError, match=r"shard 0 of the targets 'default' of .* wait"):
+        StoreSource(store, "default", partial=True)
 
 
 def numbered(rows: np.ndarray) -> Batch:
