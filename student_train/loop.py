@@ -400,8 +400,9 @@ class _Run:
     ) -> tuple[Batch, float]:
         """The batch of `step`, and the seconds it was waited for.
 
-        Once every process has its part of it and none was asked to stop. Otherwise the state is saved and TrainingInterrupted or the error is raised: no step is
-        taken on rows that one of them could not read.
+        Once every process has its part of it and none was asked to stop. Otherwise the state is
+        saved and TrainingInterrupted or the error is raised: no step is taken on rows that one of
+        them could not read.
         """
         found, error = None, None
         try:

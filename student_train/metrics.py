@@ -8,6 +8,7 @@ same numbers again.
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class Metrics:
             write_to_disk=True,
             max_queue=_QUEUE,
         )
+        self._board_thread = self._board.file_writer.event_writer._worker
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record with a `step`, unless one that was kept from before gives its names."""
@@ -71,7 +75,12 @@ class Metrics:
 
     def _is_board_written(self) -> bool:
         """Whether TensorBoard's thread lives; an error ends it, and then its queue only fills."""
-        return self._board.file_writer.event_writer._worker.is_alive()
+        return self._board_thread.is_alive()
+
+    def _on_thread_error(self, error: Any) -> None:
+        """That of TensorBoard's thread is told by `write`, in one sentence and no traceback."""
+        if error.thread is not self._board_thread:
+            self._hook(error)
 
     def _has(self, record: dict[str, Any]) -> bool:
         return any(
@@ -81,6 +90,7 @@ class Metrics:
     def close(self) -> None:
         if self._silent:
             return
+        threading.excepthook = self._hook
         self._file.close()
         if self._is_board_written():
             self._board.close()
