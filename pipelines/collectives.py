@@ -14,11 +14,14 @@ _CALLED = re.compile(r"(calls|body|condition|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _OPERATION = re.compile(
     r"= (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|"
-    r"collective-permute|collective-broadcast)(?P<start>-start)?\("
+    r"collective-permute|collective-broadcast|send)(?P<start>-start)?\("
 )
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _INTEGER = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+
+SLICES = "slices"
+"""In place of axes: through the hosts to another slice, the runtime's part of a collective."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Collective:
     kind: str
     dtype: str
     axes: str
-    """Mesh axes over which chips talk, joined by +."""
+    """Mesh axes over which chips of a slice talk, joined by +, or SLICES."""
     count: int
     """Executions: those in a loop once for each trip."""
     sent_bytes: int
@@ -51,6 +54,8 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Collective]:
                 continue
             kind, group = operation["kind"], _group(line)
             dtype, size = _moved(operation["shape"], kind, operation["start"] is not None)
+            if kind == "send" and "megascale" not in line:
+                continue
             if kind == "reduce-scatter":
                 size *= len(group)
             elif name.startswith("all-reduce-scatter"):
@@ -59,7 +64,8 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Collective]:
             channel = _CHANNEL.search(line)
             key = (kind, channel[1] if channel else f"{name} {line}")
             sent = _sent_bytes(kind, size, len(group))
-            entry = (kind, dtype, _axes(group, mesh_shape), times[name], sent)
+            axes = SLICES if kind == "send" else _axes(group, mesh_shape)
+            entry = (kind, dtype, axes, times[name], sent)
             if key not in found or entry[3:] > found[key][3:]:
                 found[key] = entry
     sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
@@ -119,8 +125,8 @@ def _moved(shape: str, kind: str, is_start: bool) -> tuple[str, int]:
         bits = int(re.sub(r"\D.*", "", dtype.lstrip(string.ascii_lowercase)) or 8)
         elements = math.prod(int(size) for size in dimensions.split(",") if size)
         sizes.append((dtype, elements * max(bits, 8) // 8))
-    if is_start and kind == "collective-permute":
-        sizes = sizes[:1]  # then its result, and two counters
+    if kind == "send" or (is_start and kind == "collective-permute"):
+        sizes = sizes[:1]  # then its result, and counters
     elif is_start and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]
     dtype, _ = max(sizes, key=lambda item: item[1])
@@ -158,7 +164,7 @@ def _axes(group: np.ndarray, mesh_shape: dict[str, int]) -> str:
 
 def _sent_bytes(kind: str, size: int, members: int) -> int:
     """Of a ring of `members` chips; size is of the result, of a reduce-scatter of its operand."""
-    if kind in ("collective-permute", "collective-broadcast") or not members:
+    if kind in ("send", "collective-permute", "collective-broadcast") or not members:
         return size
     passes = 2 if kind == "all-reduce" else 1
     return passes * size * (members - 1) // members

@@ -136,7 +136,7 @@ def compile_step(config: CompileConfig) -> Compiled:
         model_flops=model_flops,
         program_flops=program_flops,
         collectives=found,
-        predicted=_predict(config, chip, memory, model_flops, program_flops, found),
+        predicted=_predict(chip, memory, model_flops, program_flops, found),
         compile_seconds=seconds,
         versions={name: version(name) for name in ("jax", "jaxlib", "libtpu")},
     )
@@ -227,7 +227,6 @@ def _memory(analysis: Any, chip: topology.Chip) -> Memory:
 
 
 def _predict(
-    config: CompileConfig,
     chip: topology.Chip,
     memory: Memory,
     model_flops: float,
@@ -235,8 +234,7 @@ def _predict(
     found: list[Collective],
 ) -> Prediction:
     peak = ACCELERATORS[chip.accelerator].peak_flops_per_second
-    between = ("replica" if config.slices > 1 else "",)
-    network_bytes = sum(c.sent_bytes for c in found if c.axes.split("+")[0] in between)
+    network_bytes = sum(c.sent_bytes for c in found if c.axes == collectives.SLICES)
     slice_bytes = sum(c.sent_bytes for c in found) - network_bytes
     products = program_flops / (peak * SHARE_OF_PEAK)
     state_bytes = memory.arguments_bytes + memory.outputs_bytes

@@ -16,6 +16,7 @@ def view(found: Compiled) -> RenderableType:
     where = f"{config.slices} x {config.topology}" if config.slices > 1 else config.topology
     if config.teacher:
         where = f"one chip of {where}"
+    remat = "" if config.teacher else f"remat {config.remat}, "
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     return Group(
         Text(f"{what} of {config.model}, compiled for {where}", style="bold"),
@@ -25,7 +26,7 @@ def view(found: Compiled) -> RenderableType:
                 (
                     "step",
                     f"{found.tokens:,} tokens in rows of {config.sequence_tokens:,}, "
-                    f"{config.dtype}, remat {config.remat}, attention {found.attention}",
+                    f"{config.dtype}, {remat}attention {found.attention}",
                 ),
                 ("versions", ", ".join(f"{k} {v}" for k, v in found.versions.items())),
                 ("compiled in", f"{found.compile_seconds:,.0f} s"),
@@ -98,7 +99,8 @@ def _predicted(found: Compiled) -> list[RenderableType]:
         (
             "assumed",
             f"{SHARE_OF_PEAK} of the peak, which nothing here measured on a TPU; collectives use "
-            "all of a chip's links at the datasheet's rate",
+            "all of a chip's links at the datasheet's rate; all else (norms, loss, sampler) costs "
+            "nothing",
         ),
     ]  # fmt: skip
     return [Text("time (predicted, not measured)", style="bold"), _pairs(rows)]

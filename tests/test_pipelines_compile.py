@@ -210,6 +210,7 @@ HLO = """HloModule step
 
 ENTRY %main (w: bf16[8]) -> f32[16] {
   %loop = (s32[]) while(%init), condition=%condition, body=%body
+  %s = (bf16[5,2], u32[], token[]) send(%v), is_host_transfer=true, name="xla_megascale_runtime"
   %f3 = f32[16] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
   %both = (f32[10]{0}, f32[6]{0}) all-reduce(%y, %z), replica_groups=[4,2]<=[2,4]T(1,0)
 }
@@ -224,6 +225,7 @@ def test_collectives_are_read_with_axis_bytes_and_trips():
         Collective("reduce-scatter", "f32", "fsdp", 1, 192),
         Collective("collective-permute", "f32", "replica", 5, 5 * 16),
         Collective("all-reduce", "f32", "replica", 1, 2 * 64 // 2),
+        Collective("send", "bf16", collectives.SLICES, 1, 20),
     ]
 
 
