@@ -313,8 +313,13 @@ def _on_host(state: State) -> State:
 
     The memory is kept from save to save; pageable memory took ten times as long, each time.
     """
-    where = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
-    return jax.device_put(state, where)
+
+    def move(x: Any) -> Any:
+        where = x.sharding.with_memory_kind("pinned_host") if isinstance(x, jax.Array) else None
+        return x if where is None else jax.device_put(x, where)
+
+    moved: State = jax.tree.map(move, state)
+    return moved
 
 
 def write_sums(folder: Path) -> None:
