@@ -4,6 +4,7 @@ The program is the one that `train` and `dump` run. Memory, collectives and FLOP
 compiled program; times are predicted from them.
 """
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from pipelines import collectives, topology
 from pipelines.collectives import Collective
 from pipelines.products import product_flops
 from schemas.accelerators import ACCELERATORS
+from schemas.errors import DeviceMemoryError
 from schemas.manifest import SamplerSpec, TargetsManifest, TeacherInfo, VocabularyInfo
 from schemas.model import ModelConfig
 from schemas.runs import CompileConfig, SamplerConfig, TrainConfig
@@ -31,6 +33,7 @@ from teacher_dump import teacher
 
 # Assumed, not measured on any TPU: of the peak, what products reach, attention's among them.
 SHARE_OF_PEAK = 0.7
+_OUT_OF_MEMORY = re.compile(r"Ran out of memory (?:on HBM|in memory space hbm)[^\n]*(?=\.)")
 # What the sampler is asked for changes no shape.
 _POINTS = 32
 
@@ -100,7 +103,10 @@ class Compiled:
 
 
 def compile_step(config: CompileConfig) -> Compiled:
-    """Compile. Raises ConfigError for a topology, mesh or kernel that is none."""
+    """Compile. Raises ConfigError for a topology, mesh or kernel that is none, DeviceMemoryError.
+
+    A program a little too large may compile all the same; its memory says that it does not fit.
+    """
     model = presets.resolve(config.model)
     devices = topology.devices(config.topology, config.slices)
     if config.teacher:
@@ -116,7 +122,7 @@ def compile_step(config: CompileConfig) -> Compiled:
         if config.teacher
         else _train_step(config, model, mesh, rows)
     )
-    compiled = traced.lower().compile()
+    compiled = _compile(traced)
     seconds = time.perf_counter() - started
     chip = topology.CHIPS[devices[0].device_kind]
     needed = flops.forward_flops_per_token(model, config.sequence_tokens).total
@@ -140,6 +146,19 @@ def compile_step(config: CompileConfig) -> Compiled:
         compile_seconds=seconds,
         versions={name: version(name) for name in ("jax", "jaxlib", "libtpu")},
     )
+
+
+def _compile(traced: Any) -> Any:
+    try:
+        return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            raise
+        raise DeviceMemoryError(
+            f"A step must fit a chip's memory, but the compiler r{found[0][1:]}; give fewer "
+            "sequences_per_group, a larger mesh.fsdp or mesh.model, or another remat."
+        ) from error
 
 
 def _train_step(config: CompileConfig, model: ModelConfig, mesh: Mesh, rows: int) -> Any:

@@ -52,7 +52,7 @@ def _chip(
 CHIPS: dict[str, Chip] = {
     "TPU v4": _chip("v4", 30.75, 1228, 300, 3.125),
     "TPU v5 lite": _chip("v5e", 15.75, 819, 200, 3.125),
-    "TPU v5": _chip("v5p", 95.0, 2765, 600, 3.125),
+    "TPU v5": _chip("v5p", 95.74, 2765, 600, 3.125),
     "TPU v6 lite": _chip("v6e", 31.25, 1640, 448, 3.125),
 }
 

@@ -62,5 +62,9 @@ class DivergenceError(RetortError, FloatingPointError):
     """Training produced a loss that is not a number."""
 
 
+class DeviceMemoryError(RetortError, MemoryError):
+    """A step needs more memory than a chip has."""
+
+
 class MissingDependencyError(RetortError, ImportError):
     """An optional package that the requested feature needs is not installed."""

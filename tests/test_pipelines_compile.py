@@ -145,6 +145,21 @@ def test_a_step_for_v4_with_a_model_axis(v4):
 
 
 @needs_compiler
+def test_replicas_lie_on_slices():
+    code = """
+from pipelines import topology
+from schemas.runs import MeshConfig
+from student_train.mesh import make_mesh
+mesh = make_mesh(MeshConfig(replica=4, model=2), topology.devices("v5e:4x4", 2))
+print([sorted({d.slice_index for d in part.flat}) for part in mesh.devices], mesh.devices.shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[[0], [0], [1], [1]] (4, 4, 2)"
+
+
+@needs_compiler
 def test_what_cannot_be_compiled_is_one_sentence(tmp_path):
     """Of all of these in one process, as each loads the compiler."""
     wrong = [
@@ -154,6 +169,10 @@ def test_what_cannot_be_compiled_is_one_sentence(tmp_path):
         (["--topology", "v5e:2x2", "--mesh.replica", "3"], "must use every device"),
         (["--topology", "v5e:2x2", "--slices", "2"], "mesh.replica must be a multiple of the 2"),
         (["--topology", "v5e:2x2", "--attention", "splash_v4"], "lacks device TPU v5 lite"),
+        (
+            ["--topology", "v5e:2x2", "--teacher", "--model", "gemma2-27b"],
+            r"must fit a chip's memory, but the compiler ran out .* HBM \(15.75G\); give fewer",
+        ),
     ]
     code = "import sys; from pipelines import cli\n" + "".join(
         f"print(cli.main(['compile', *{flags!r}]), file=sys.stderr)\n" for flags, _ in wrong
