@@ -321,6 +321,7 @@ class _Run:
         train_step = make_train_step(self.model, config, self.head, self.mesh)
         reporter = self._reporter(checkpoints, metrics)
         evaluator = self._evaluator()
+        checkpoints.reserve(self.abstract)
 
         first = int(state.step)
         # A run that was cut off between a checkpoint and its evaluation makes up for it here.
