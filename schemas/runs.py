@@ -323,7 +323,8 @@ class CompileConfig(Document):
     slices: int = Field(1, ge=1, description="Slices, joined by the data centre's network.")
     mesh: MeshConfig = MeshConfig()
     teacher: bool = Field(
-        False, description="The teacher's step instead: it runs on one chip, apart from the others."
+        False,
+        description="The teacher's step instead, on one chip, or on the mesh.model that share it.",
     )
     sequences_per_group: int = Field(
         1, ge=1, description="Sequences of each chip, or of each group of mesh.model chips."
