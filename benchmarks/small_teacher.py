@@ -91,8 +91,8 @@ def mean_loss(params: Any, shape: ModelConfig, head: Head, tokens: Any, segments
     """Nats per predicted token of a batch."""
     hidden = model.hidden_states(params, shape, tokens, segments, dtype=jnp.bfloat16, remat="full")
     targets = label_targets(tokens, segments)
-    sums = sparse_target_loss(hidden, model.embedding(params), targets, 0.0, head)
-    return sums.loss / jnp.maximum(jnp.sum(targets.label_weight), 1.0)
+    losses = sparse_target_loss(hidden, model.embedding(params), targets, head)
+    return losses.loss / jnp.maximum(jnp.sum(targets.label_weight), 1.0)
 
 
 def train(

@@ -56,6 +56,7 @@ from student_train import mesh as meshes
 from student_train.checkpoint import Checkpoints, check_sums
 from student_train.data import AHEAD, StoreSource, row_order
 from student_train.step import abstract_state
+from student_train.throughput import NO_RATES
 
 CLASSES = ("kill", "signal", "checkpoint", "disk", "store")
 STEPS, EVERY, EVAL_EVERY = 40, 4, 10
@@ -182,7 +183,7 @@ def records(out: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in found]
+    return [{k: v for k, v in record.items() if k not in NO_RATES} for record in found]
 
 
 def steps_done(out: Path) -> int:

@@ -15,7 +15,7 @@ def view(found: Compiled) -> RenderableType:
     what = "teacher's step" if config.teacher else "training step"
     where = f"{config.slices} x {config.topology}" if config.slices > 1 else config.topology
     if config.teacher:
-        where = f"one chip of {where}"
+        where = f"{'one chip' if found.chips == 1 else f'{found.chips} chips'} of {where}"
     remat = "" if config.teacher else f"remat {config.remat}, "
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     return Group(

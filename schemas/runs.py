@@ -222,7 +222,11 @@ class TrainConfig(Document):
     store: str
     out: Path = Field(description="Folder for checkpoints, metrics and the exported model.")
     model: str = Field("tiny", description="Preset name, or a YAML or JSON file of a ModelConfig.")
-    init: Path | None = Field(None, description="Hugging Face folder to start from.")
+    init: Path | None = Field(
+        None,
+        description="What to start from: a Hugging Face folder, or the `out` folder of another "
+        "run, whose newest checkpoint it is.",
+    )
     tokenizer: Path | None = Field(
         None,
         description="The store's SentencePiece file: goes into the export, counts bits per byte.",
@@ -323,7 +327,8 @@ class CompileConfig(Document):
     slices: int = Field(1, ge=1, description="Slices, joined by the data centre's network.")
     mesh: MeshConfig = MeshConfig()
     teacher: bool = Field(
-        False, description="The teacher's step instead: it runs on one chip, apart from the others."
+        False,
+        description="The teacher's step instead, on one chip, or on the mesh.model that share it.",
     )
     sequences_per_group: int = Field(
         1, ge=1, description="Sequences of each chip, or of each group of mesh.model chips."

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -316,6 +317,43 @@ class Checkpoints:
         """After a failed write TensorStore answers to an event loop that Orbax has closed."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._hook(unraisable)
+
+
+def load_params(
+    run: Path, step: int | None, place: Callable[[ModelConfig], Any], averaged: bool = True
+) -> tuple[int, ModelConfig, Any]:
+    """A checkpointed step of a run (None: the newest), its model, and its parameters.
+
+    place: shapes, dtypes and shardings of a model's parameters. Of a run with `ema_decay` it is
+    their average, unless told otherwise. Raises CheckpointError if the run has no such checkpoint.
+    """
+    if not run.is_dir():
+        raise CheckpointError(
+            f"run must be the `out` folder of a training run, but {run} is no folder; "
+            "check the path."
+        )
+    with Checkpoints(run, keep=None) as checkpoints:
+        known = checkpoints.steps()
+        if step is None and known:
+            step = known[-1]
+        if step is None or step not in known:
+            raise CheckpointError(
+                f"step must be a checkpointed one, but {run} has {known or 'none'} and "
+                f"{'none was' if step is None else step} asked for; choose one of them."
+            )
+        fault = checkpoints.fault(step)
+        if fault is not None:
+            raise CheckpointError(
+                f"A checkpoint must be as it was written, but {checkpoints.folder_of(step)} is not "
+                f"({fault}); choose another of {known}."
+            )
+        found = checkpoints.identity(step)
+        averaged = averaged and found.settings.get("ema_decay") is not None
+        return (
+            step,
+            found.model,
+            checkpoints.restore_params(step, place(found.model), averaged),
+        )
 
 
 def _on_host(state: State) -> State:

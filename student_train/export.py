@@ -10,10 +10,9 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2 import checkpoint as gemma2_checkpoint
 from gemma2 import model as gemma2
-from schemas.errors import CheckpointError
 from schemas.model import ModelConfig
 from student_train import mesh as meshes
-from student_train.checkpoint import Checkpoints
+from student_train.checkpoint import load_params
 
 EXPORT_FOLDER = "export"
 
@@ -26,34 +25,15 @@ def export(
     Of a run with `ema_decay` the average is written, unless told otherwise. Raises
     CheckpointError if the run has no such checkpoint.
     """
-    if not run.is_dir():
-        raise CheckpointError(
-            f"run must be the `out` folder of a training run, but {run} is no folder; "
-            "check the path."
-        )
-    with Checkpoints(run, keep=None) as checkpoints:
-        known = checkpoints.steps()
-        if step is None and known:
-            step = known[-1]
-        if step is None or step not in known:
-            raise CheckpointError(
-                f"step must be a checkpointed one, but {run} has {known or 'none'} and "
-                f"{'none was' if step is None else step} asked for; choose one of them."
-            )
-        fault = checkpoints.fault(step)
-        if fault is not None:
-            raise CheckpointError(
-                f"A checkpoint must be as it was written, but {checkpoints.folder_of(step)} is not "
-                f"({fault}); choose another of {known}."
-            )
-        identity = checkpoints.identity(step)
-        model = identity.model
-        averaged = averaged and identity.settings.get("ema_decay") is not None
+
+    def on_host(model: ModelConfig) -> Any:
         shapes = jax.eval_shape(partial(gemma2.init_params, model), jax.random.key(0))
         host = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = meshes.abstract(shapes, jax.tree.map(lambda _: host, shapes))
-        write(out, model, checkpoints.restore_params(step, abstract, averaged), tokenizer)
-        return step
+        return meshes.abstract(shapes, jax.tree.map(lambda _: host, shapes))
+
+    step, model, params = load_params(run, step, on_host, averaged)
+    write(out, model, params, tokenizer)
+    return step
 
 
 def write(folder: Path, model: ModelConfig, params: Any, tokenizer: Path | None) -> None:

@@ -35,7 +35,7 @@ from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
 from student_train import alignment, export, hosts, trackers
 from student_train import mesh as meshes
-from student_train.checkpoint import Checkpoints, RunIdentity
+from student_train.checkpoint import CHECKPOINT_FOLDER, Checkpoints, RunIdentity, load_params
 from student_train.data import Batch, StoreSource, place, prefetch, row_order
 from student_train.dry_run import DryRun, measure
 from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
@@ -278,11 +278,22 @@ class _Run:
         if self.config.init is None:
             make = partial(make_state, self.model, self.config)
             return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed))
-        found, params = gemma2_checkpoint.load(self.config.init, dtype=np.float32)
-        _check_init(found, self.model, self.config.init)
-        params = jax.device_put(params, shardings.params)
+        params = self._initial_params(self.config.init)
         make = partial(init_state, config=self.config)
         return jax.jit(make, out_shardings=shardings)(params)
+
+    def _initial_params(self, init: Path) -> Any:
+        """The parameters that the run starts from, of another run or of a Hugging Face folder."""
+
+        def placed(found: ModelConfig) -> Any:
+            _check_init(found, self.model, init)
+            return self.abstract.params
+
+        if (init / CHECKPOINT_FOLDER).is_dir():
+            return load_params(init, None, placed)[2]
+        found, params = gemma2_checkpoint.load(init, dtype=np.float32)
+        where = jax.tree.map(lambda leaf: leaf.sharding, placed(found))
+        return jax.device_put(params, where)
 
     def _newest_whole(self, checkpoints: Checkpoints) -> int | None:
         """The newest whole checkpoint's step, or None if there is none of any kind.

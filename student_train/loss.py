@@ -1,11 +1,11 @@
 """The sparse-target loss: a vocabulary head that never holds the logits of all its tokens.
 
 For one position with stored weights p̂ on ids S, mass m = Σ p̂ and capped student logits
-s = c·tanh(z/c), the distillation loss is m·logsumexp(s) − Σ_{i∈S} p̂_i s_i, mixed with hard-label
-cross-entropy logsumexp(s) − s_label by alpha. A scan over chunks of whole blocks forms the logits
-of one chunk at a time and, when the loss is differentiated, the gradients with them, so that the
-logits are never formed twice. No model and no store is known here: hidden states, the tied table
-and arrays of entries come in.
+s = c·tanh(z/c), the distillation loss is m·logsumexp(s) − Σ_{i∈S} p̂_i s_i, and the hard label's
+cross-entropy logsumexp(s) − s_label; each position has a weight for either. A scan over chunks of
+whole blocks forms the logits of one chunk at a time and, when the loss is differentiated, the
+gradients with them, so that the logits are never formed twice. No model and no store is known here:
+hidden states, the tied table and arrays of entries come in.
 """
 
 from collections.abc import Callable
@@ -45,15 +45,11 @@ class Targets(NamedTuple):
     """float32 [B, T], weight of the position's distillation loss."""
 
 
-class LossSums(NamedTuple):
-    """Sums over positions; divide by the sums of their weights for means in nats."""
+class Losses(NamedTuple):
+    """In nats; divide the sum by the sum of the weights for a mean."""
 
     loss: jax.Array
-    """float32 [], Σ alpha·entry_scale·kd + (1 - alpha)·label_weight·ce: to differentiate."""
-    kd: jax.Array
-    """float32 [], Σ entry_scale·(m·logsumexp - Σ p̂ s)."""
-    ce: jax.Array
-    """float32 [], Σ label_weight·(logsumexp - s_label)."""
+    """float32 [], Σ entry_scale·kd + label_weight·ce over positions: to differentiate."""
     position_kd: jax.Array
     """float32 [B, T], m·logsumexp - Σ p̂ s of each position, without its weight."""
     position_ce: jax.Array
@@ -80,10 +76,8 @@ class Head(NamedTuple):
     """Inside shard_map: the mesh axes over which the rows are sharded."""
 
 
-def sparse_target_loss(
-    hidden: jax.Array, table: jax.Array, targets: Targets, alpha: jax.Array | float, head: Head
-) -> LossSums:
-    """Distillation and label losses of a batch, with gradients to `hidden`, `table` and `alpha`.
+def sparse_target_loss(hidden: jax.Array, table: jax.Array, targets: Targets, head: Head) -> Losses:
+    """Distillation and label losses of a batch, with gradients to `hidden` and `table`.
 
     Args:
       hidden: [B, T, D] after the final norm, in the compute dtype, which the three matrix
@@ -93,11 +87,10 @@ def sparse_target_loss(
         summed over `head.batch_axes` and scattered as the table is. With `head.vocab_axis` its
         rows are a part of the vocabulary, and the devices of that axis share what they find.
       targets: of these B rows.
-      alpha: weight of the stored targets, a Python float or a scalar that may be traced.
       head: static description.
 
-    Only `loss` carries gradients. Inside shard_map the three sums are over all devices, while the
-    [B, T] arrays are this device's.
+    Only `loss` carries gradients. Inside shard_map it is over all devices, while the [B, T] arrays
+    are this device's.
     """
     tokens = hidden.shape[1]
     if tokens % head.block_tokens or targets.entry_id.shape[1] % (tokens // head.block_tokens):
@@ -106,35 +99,31 @@ def sparse_target_loss(
             f"{targets.entry_id.shape[1]} entry slots are not blocks of {head.block_tokens} "
             "tokens; pass the store's block_tokens."
         )
-    alpha = jnp.asarray(alpha, jnp.float32)
-    return _head_loss(head, hidden, table, lax.stop_gradient(targets), alpha)
+    return _head_loss(head, hidden, table, lax.stop_gradient(targets))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(
-    head: Head, hidden: jax.Array, table: jax.Array, targets: Targets, alpha: jax.Array
-) -> LossSums:
-    sums, _ = _scan_chunks(head, hidden, table, targets, alpha, with_gradients=False)
-    return sums
+def _head_loss(head: Head, hidden: jax.Array, table: jax.Array, targets: Targets) -> Losses:
+    losses, _ = _scan_chunks(head, hidden, table, targets, with_gradients=False)
+    return losses
 
 
 def _forward(
-    head: Head, hidden: jax.Array, table: jax.Array, targets: Targets, alpha: jax.Array
-) -> tuple[LossSums, Any]:
-    sums, (hidden_gradient, table_gradient) = _scan_chunks(
-        head, hidden, table, targets, alpha, with_gradients=True
+    head: Head, hidden: jax.Array, table: jax.Array, targets: Targets
+) -> tuple[Losses, Any]:
+    losses, (hidden_gradient, table_gradient) = _scan_chunks(
+        head, hidden, table, targets, with_gradients=True
     )
-    return sums, (hidden_gradient, table_gradient, sums.kd - sums.ce, targets, table[:0])
+    return losses, (hidden_gradient, table_gradient, targets, table[:0])
 
 
-def _backward(head: Head, residuals: Any, cotangent: LossSums) -> tuple[Any, ...]:
-    hidden_gradient, table_gradient, alpha_gradient, targets, empty_table = residuals
+def _backward(head: Head, residuals: Any, cotangent: Losses) -> tuple[Any, ...]:
+    hidden_gradient, table_gradient, targets, empty_table = residuals
     scale = cotangent.loss
     return (
         hidden_gradient * scale.astype(hidden_gradient.dtype),
         (table_gradient * scale).astype(empty_table.dtype),
         jax.tree.map(_zero_cotangent, targets),
-        alpha_gradient * scale,
     )
 
 
@@ -195,9 +184,8 @@ def _scan_chunks(
     hidden: jax.Array,
     table: jax.Array,
     targets: Targets,
-    alpha: jax.Array,
     with_gradients: bool,
-) -> tuple[LossSums, Any]:
+) -> tuple[Losses, Any]:
     """The loss and, with gradients, (hidden's [B, T, D], the table's float32 [V, D])."""
     weights = table.astype(hidden.dtype)
     if head.table_axis is not None:
@@ -205,7 +193,7 @@ def _scan_chunks(
 
     def step(table_gradient: Any, chunk: _Chunk) -> tuple[Any, Any]:
         logits = jnp.einsum("cd,vd->cv", chunk.hidden, weights, preferred_element_type=jnp.float32)
-        losses, gradient = _chunk_loss(head, chunk, logits, alpha)
+        losses, gradient = _chunk_loss(head, chunk, logits)
         if not with_gradients:
             return None, (losses, None)
         dx = jnp.einsum("cv,vd->cd", gradient, weights, preferred_element_type=jnp.float32)
@@ -228,15 +216,14 @@ def _scan_chunks(
     batch, tokens, width = hidden.shape
     kd = chunk_kd.reshape(-1)[: batch * tokens].reshape(batch, tokens)
     ce = chunk_ce.reshape(-1)[: batch * tokens].reshape(batch, tokens)
-    kd_sum = jnp.sum(targets.entry_scale * kd)
-    ce_sum = jnp.sum(targets.label_weight * ce)
+    loss = jnp.sum(targets.entry_scale * kd + targets.label_weight * ce)
     if head.batch_axes:
-        kd_sum, ce_sum = lax.psum((kd_sum, ce_sum), head.batch_axes)
-    sums = LossSums(alpha * kd_sum + (1 - alpha) * ce_sum, kd_sum, ce_sum, kd, ce)
+        loss = lax.psum(loss, head.batch_axes)
+    losses = Losses(loss, kd, ce)
     if not with_gradients:
-        return sums, None
+        return losses, None
     dx = chunk_dx.reshape(-1, width)[: batch * tokens].reshape(hidden.shape)
-    return sums, (dx, _reduce_over_devices(head, carry))
+    return losses, (dx, _reduce_over_devices(head, carry))
 
 
 def _reduce_over_devices(head: Head, table_gradient: jax.Array) -> jax.Array:
@@ -250,12 +237,12 @@ def _reduce_over_devices(head: Head, table_gradient: jax.Array) -> jax.Array:
 
 
 def _chunk_loss(
-    head: Head, chunk: _Chunk, logits: jax.Array, alpha: jax.Array
+    head: Head, chunk: _Chunk, logits: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """((kd [C], ce [C]), d loss / d logits [C, V] in the compute dtype) of float32 logits [C, V].
 
-    With s the capped logit and q = softmax(s), the gradient of one row is
-    (1 − (s/c)²)·(alpha·(m·q − p̂) + (1−alpha)·(q − onehot(label))). It is dense but for the
+    With s the capped logit, q = softmax(s) and the weights a and b of the two losses, the gradient
+    of one row is (1 − (s/c)²)·(a·(m·q − p̂) + b·(q − onehot(label))). It is dense but for the
     entries, which are computed apart and then *set*: both are rounded to the compute dtype (for
     the two products that follow) only after their differences were taken in float32, no dense copy
     of the targets exists, and there is no adding scatter, which would be atomic on a GPU.
@@ -294,18 +281,16 @@ def _chunk_loss(
     )
     mass, kd = mass[:, 0], kd[:, 0]
 
-    target_scale = alpha * chunk.entry_scale
-    label_scale = (1 - alpha) * chunk.label_weight
-    softmax_scale = target_scale * mass + label_scale
+    softmax_scale = chunk.entry_scale * mass + chunk.label_weight
     is_label = ids == chunk.labels[:, None]
     gradient = slope * (
         exponential * (softmax_scale / total)[:, None]
-        - jnp.where(is_label, label_scale[:, None], 0.0)
+        - jnp.where(is_label, chunk.label_weight[:, None], 0.0)
     )
     entry_gradient = entry_slope * (
         softmax_scale[token] * jnp.exp(-surprise)
-        - target_scale[token] * chunk.entry_weight
-        - jnp.where(chunk.entry_id == chunk.labels[token], label_scale[token], 0.0)
+        - chunk.entry_scale[token] * chunk.entry_weight
+        - jnp.where(chunk.entry_id == chunk.labels[token], chunk.label_weight[token], 0.0)
     )
     # Unused slots (−1), and ids of other devices, would wrap around; past the end they are dropped.
     column = chunk.entry_id - first

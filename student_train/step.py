@@ -28,7 +28,7 @@ from student_train.average import averaged
 from student_train.data import Batch
 from student_train.entries import entry_positions
 from student_train.guard import Guard, judge, new_guard, norm_limit
-from student_train.loss import Head, LossSums, Targets, sparse_target_loss
+from student_train.loss import Head, Losses, Targets, sparse_target_loss
 from student_train.optimizer import make_optimizer
 
 
@@ -166,8 +166,8 @@ def abstract_batch(batch: int, tokens: int, targets: TargetsManifest | None, mes
 
 def make_loss(
     head: Head, mesh: Mesh, table_path: tuple[Any, ...] = ("embedding",)
-) -> Callable[[jax.Array, jax.Array, Targets, Any], LossSums]:
-    """`sparse_target_loss` over a mesh: (hidden, table, targets, alpha) → sums over all devices.
+) -> Callable[[jax.Array, jax.Array, Targets], Losses]:
+    """`sparse_target_loss` over a mesh: (hidden, table, targets) → the loss over all devices.
 
     Each device forms the logits of its own rows, and of its own part of the vocabulary if `model`
     cuts it, against the table gathered over fsdp in the compute dtype; logits never leave their
@@ -176,7 +176,7 @@ def make_loss(
     rows: Any = P(ROW_AXES)
     one: Any = P()
 
-    def loss(hidden: jax.Array, table: jax.Array, targets: Targets, alpha: Any) -> LossSums:
+    def loss(hidden: jax.Array, table: jax.Array, targets: Targets) -> Losses:
         where = partition(table_path, table.shape, mesh)
         gathered = fsdp_dimension(where)
         local = head._replace(
@@ -188,16 +188,11 @@ def make_loss(
         return jax.shard_map(
             partial(sparse_target_loss, head=local),
             mesh=mesh,
-            in_specs=(rows, where, Targets(*[rows] * len(Targets._fields)), P()),
-            out_specs=LossSums(one, one, one, rows, rows),
-        )(hidden, table, targets, jnp.asarray(alpha, jnp.float32))
+            in_specs=(rows, where, Targets(*[rows] * len(Targets._fields))),
+            out_specs=Losses(one, rows, rows),
+        )(hidden, table, targets)
 
     return loss
-
-
-# The loss mixes the two terms by one alpha, and here alpha differs by position. At one half,
-# weights that are twice as large say the same, exactly.
-_HALF = 0.5
 
 
 def make_objective(
@@ -232,7 +227,7 @@ def make_objective(
         target_weight = alpha * (weight - routed)
         targets = Targets(
             labels=next_tokens(jnp.asarray(batch.tokens)),
-            label_weight=(weight - target_weight) / _HALF,
+            label_weight=weight - target_weight,
             entry_id=jnp.asarray(batch.entry_id),
             entry_position=entry_positions(
                 jnp.asarray(batch.head_count),
@@ -241,13 +236,13 @@ def make_objective(
                 batch.entry_id.shape[1],
             ),
             entry_weight=jnp.asarray(batch.entry_weight),
-            entry_scale=target_weight / _HALF,
+            entry_scale=target_weight,
         )
-        sums = loss(hidden, gemma2.embedding(params), targets, _HALF)
+        losses = loss(hidden, gemma2.embedding(params), targets)
         means = BatchMeans(
-            loss=sums.loss,
-            kd=jnp.sum(weight * sums.position_kd),
-            ce=jnp.sum(weight * sums.position_ce),
+            loss=losses.loss,
+            kd=jnp.sum(weight * losses.position_kd),
+            ce=jnp.sum(weight * losses.position_ce),
             teacher_entropy=jnp.sum(weight * entropy),
             teacher_ce=-jnp.sum(weight * batch.label_logprob),
             routed_share=jnp.sum(routed),
@@ -395,9 +390,9 @@ def make_eval_step(
         weight = mask.astype(jnp.float32)
         none = jnp.zeros((tokens.shape[0], 0), jnp.int32)
         targets = Targets(labels, weight, none, none, none.astype(jnp.float32), weight)
-        sums = loss(hidden, gemma2.embedding(params), targets, 0.0)
+        losses = loss(hidden, gemma2.embedding(params), targets)
         return RowScores(
-            nats=jnp.sum(weight * sums.position_ce, axis=1),
+            nats=jnp.sum(weight * losses.position_ce, axis=1),
             labels=jnp.sum(mask, axis=1, dtype=jnp.int32),
             label_bytes=jnp.sum(jnp.where(mask, piece_bytes[labels], 0), axis=1),
         )

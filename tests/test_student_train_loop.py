@@ -318,6 +318,30 @@ def test_a_run_starts_from_an_exported_model(
         train(other, devices=ONE)
 
 
+def test_a_run_starts_from_another_runs_checkpoint(
+    trained: tuple[TrainConfig, TrainResult, list[TrainEvent]], stores: Path, tmp_path: Path
+) -> None:
+    """With the very parameters that the other run exported, on other devices."""
+    run, result, _ = trained
+    config = small_config(
+        stores,
+        tmp_path / "out",
+        steps=1,
+        model=run.model,
+        init=run.out,
+        optimizer=OptimizerConfig(learning_rate=1e-12, weight_decay=0.0),
+    )
+    continued = train(config, devices=jax.devices()[:2])
+    expected = gemma2_checkpoint.load(result.export)[1]
+    found = gemma2_checkpoint.load(continued.export)[1]
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-9)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    other = config.model_copy(update={"init": tmp_path / "empty", "out": tmp_path / "other"})
+    with pytest.raises(CheckpointError, match="has none and none was asked for"):
+        train(other, devices=ONE)
+
+
 def test_misaligned_targets_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     make_store(tmp_path / "store", roll=1)
     config = small_config(tmp_path, tmp_path / "out", steps=2)

@@ -12,12 +12,10 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from schemas.errors import ConfigError
-from student_train.loss import Head, LossSums, Targets, sparse_target_loss
+from student_train.loss import Head, Losses, Targets, sparse_target_loss
 
 
-def dense_oracle(
-    hidden: jax.Array, table: jax.Array, targets: Targets, alpha: Any, head: Head
-) -> LossSums:
+def dense_oracle(hidden: jax.Array, table: jax.Array, targets: Targets, head: Head) -> Losses:
     """All logits at once, targets as a dense array, gradients left to JAX."""
     logits = jnp.einsum("btd,vd->btv", hidden.astype(jnp.float32), table.astype(jnp.float32))
     if head.final_cap is not None:
@@ -36,10 +34,10 @@ def dense_oracle(
     ce = -jnp.take_along_axis(log_softmax, targets.labels[..., None], axis=-1)[..., 0]
     kd_sum = jnp.sum(targets.entry_scale * kd)
     ce_sum = jnp.sum(targets.label_weight * ce)
-    return LossSums(alpha * kd_sum + (1 - alpha) * ce_sum, kd_sum, ce_sum, kd, ce)
+    return Losses(kd_sum + ce_sum, kd, ce)
 
 
-def rounded_oracle(hidden: Any, table: Any, *rest: Any) -> LossSums:
+def rounded_oracle(hidden: Any, table: Any, *rest: Any) -> Losses:
     """The oracle on the table as the matrix products of bfloat16 read it."""
     return dense_oracle(hidden, table.astype(jnp.bfloat16), *rest)
 
@@ -117,20 +115,27 @@ CASES = {
 
 @functools.cache
 def differentiated(loss: Any, case: Case) -> Any:
-    """alpha → (sums, gradients to hidden, table and alpha), compiled once for all alphas."""
+    """alpha → (losses, gradients to hidden and table), compiled once for all alphas."""
     hidden, table, targets = case.arrays()
 
     def scalar(hidden: jax.Array, table: jax.Array, alpha: jax.Array) -> Any:
-        sums = loss(hidden, table, targets, alpha, case.head())
-        return 0.01 * sums.loss, sums
+        losses = loss(hidden, table, mixed(targets, alpha), case.head())
+        return 0.01 * losses.loss, losses
 
-    gradient = jax.jit(jax.grad(scalar, argnums=(0, 1, 2), has_aux=True))
+    gradient = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))
     return lambda alpha: gradient(hidden, table, jnp.float32(alpha))
 
 
-def value_and_gradients(loss: Any, case: Case, alpha: float) -> tuple[LossSums, Any]:
-    gradients, sums = differentiated(loss, case)(alpha)
-    return sums, gradients
+def mixed(targets: Targets, alpha: Any) -> Targets:
+    """Alpha for the stored targets, the rest for the labels."""
+    return targets._replace(
+        label_weight=(1 - alpha) * targets.label_weight, entry_scale=alpha * targets.entry_scale
+    )
+
+
+def value_and_gradients(loss: Any, case: Case, alpha: float) -> tuple[Losses, Any]:
+    gradients, losses = differentiated(loss, case)(alpha)
+    return losses, gradients
 
 
 def relative_error(actual: jax.Array, expected: jax.Array) -> float:
@@ -153,8 +158,8 @@ def test_loss_and_gradients_equal_the_dense_oracle(name: str, alpha: float) -> N
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
 def test_bfloat16_gradients_are_as_close_as_their_rounding(alpha: float) -> None:
     case = Case(dtype=jnp.bfloat16, vocab=4224, padded=4225, width=17)
-    sums, (dx, dw, _) = value_and_gradients(sparse_target_loss, case, alpha)
-    expected_sums, (expected_dx, expected_dw, _) = value_and_gradients(rounded_oracle, case, alpha)
+    sums, (dx, dw) = value_and_gradients(sparse_target_loss, case, alpha)
+    expected_sums, (expected_dx, expected_dw) = value_and_gradients(rounded_oracle, case, alpha)
     assert dx.dtype == jnp.bfloat16
     assert dw.dtype == jnp.float32
     np.testing.assert_allclose(sums.position_kd, expected_sums.position_kd, rtol=1e-5, atol=1e-4)
@@ -191,12 +196,12 @@ def normalised(targets: Targets) -> Targets:
 def test_the_cases_notice_each_missing_feature(name: str) -> None:
     """The oracle with one feature off must be far from the loss: else the cases prove nothing."""
 
-    def broken(hidden: Any, table: Any, targets: Targets, alpha: Any, head: Head) -> LossSums:
+    def broken(hidden: Any, table: Any, targets: Targets, head: Head) -> Losses:
         head, targets = BREAKS[name](head, targets)
-        return dense_oracle(hidden, table, targets, alpha, head)
+        return dense_oracle(hidden, table, targets, head)
 
-    sums, (dx, dw, _) = value_and_gradients(sparse_target_loss, Case(), 0.7)
-    broken_sums, (broken_dx, broken_dw, _) = value_and_gradients(broken, Case(), 0.7)
+    sums, (dx, dw) = value_and_gradients(sparse_target_loss, Case(), 0.7)
+    broken_sums, (broken_dx, broken_dw) = value_and_gradients(broken, Case(), 0.7)
     assert abs(float(broken_sums.loss / sums.loss) - 1) > 1e-3
     assert relative_error(broken_dx, dx) > 1e-2
     assert relative_error(broken_dw, dw) > 1e-3
@@ -219,10 +224,10 @@ def test_without_stored_targets_only_labels_count() -> None:
     head = case.head()._replace(block_tokens=1, chunk_tokens=10)
 
     def scalar(loss: Any, targets: Targets, head: Head) -> Any:
-        return jax.grad(lambda x, w: loss(x, w, targets, 0.0, head).loss, argnums=(0, 1))
+        return jax.grad(lambda x, w: loss(x, w, targets, head).loss, argnums=(0, 1))
 
     actual = scalar(sparse_target_loss, bare, head)(hidden, table)
-    expected = scalar(dense_oracle, targets, case.head())(hidden, table)
+    expected = scalar(dense_oracle, mixed(targets, 0.0), case.head())(hidden, table)
     for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < 3e-6
 
@@ -246,7 +251,7 @@ def largest(loss: Any, case: Case, differentiate: bool) -> int:
     hidden, table, targets = case.arrays()
 
     def scalar(hidden: jax.Array, table: jax.Array) -> jax.Array:
-        return loss(hidden, table, targets, 0.5, case.head()).loss
+        return loss(hidden, table, targets, case.head()).loss
 
     function = jax.value_and_grad(scalar, argnums=(0, 1)) if differentiate else scalar
     shapes = arrays_of(jax.make_jaxpr(function)(hidden, table).jaxpr)
@@ -266,7 +271,7 @@ def test_without_differentiation_no_gradient_product_is_done() -> None:
     hidden, table, targets = case.arrays()
 
     def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
-        return sparse_target_loss(hidden, table, targets, 0.5, case.head()).loss
+        return sparse_target_loss(hidden, table, targets, case.head()).loss
 
     def products(function: Any) -> int:
         return jax.jit(function).lower(hidden, table).as_text().count("dot_general")
@@ -279,4 +284,4 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     case = Case()
     hidden, table, targets = case.arrays()
     with pytest.raises(ConfigError, match=r"24 tokens with 120 entry slots are not blocks of 7"):
-        sparse_target_loss(hidden, table, targets, 1.0, case.head()._replace(block_tokens=7))
+        sparse_target_loss(hidden, table, targets, case.head()._replace(block_tokens=7))
