@@ -365,6 +365,8 @@ def checkpoints(world: World, flips: int, runs: int) -> list[Case]:
     shutil.copytree(template.out, config.out)
     before = {}
     for folder in (config.out / "checkpoints").iterdir():
+        if not folder.name.isdecimal():
+            continue  # what the copied run was killed in the middle of
         path = folder / "params" / "_METADATA"
         before[path] = path.read_bytes()
         put(path, damaged(before[path], "flip"))
