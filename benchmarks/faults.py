@@ -635,6 +635,15 @@ def table(cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
+def report(cases: list[Case]) -> int:
+    """Print the table, and what was lost to stderr; returns the exit status."""
+    print(table(cases))
+    lost = [line for case in cases for line in case.lost]
+    for line in lost[:40]:
+        print(line, file=sys.stderr)
+    return 1 if lost else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CLASSES, default=list(CLASSES))
@@ -663,11 +672,7 @@ def main() -> int:
     print(f"processes and disks: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     if classes & {"bits", "lengths", "files"}:
         cases += broken(golden, classes, options.bits, options.repair_every, options.jobs)
-    print(table(cases))
-    lost = [line for case in cases for line in case.lost]
-    for line in lost[:40]:
-        print(line, file=sys.stderr)
-    return 1 if lost else 0
+    return report(cases)
 
 
 if __name__ == "__main__":

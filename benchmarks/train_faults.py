@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import jax
 import student_store
 
-from benchmarks.faults import Case, scratch, table
+from benchmarks.faults import Case, report, scratch
 from gemma2 import presets
 from logit_store import writer
 from schemas.errors import RetortError
@@ -594,11 +594,7 @@ def main() -> int:
                 print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     shutil.rmtree(COMPILED, ignore_errors=True)
     COMPILED.with_name(f"{COMPILED.name}-begun").unlink()
-    print(table(cases))
-    lost = [line for case in cases for line in case.lost]
-    for line in lost[:40]:
-        print(line, file=sys.stderr)
-    return 1 if lost else 0
+    return report(cases)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def _store(found: DryRun) -> list[tuple[str, str]]:
     committed = f"{coverage.committed_token_shards:,} of {coverage.shards:,} shards of tokens"
     if coverage.committed_target_shards is not None:
         committed += f", {coverage.committed_target_shards:,} of targets"
-    used = f"{coverage.share_of_rows:.1%} of the committed rows"
+    used = f"{coverage.share_of_rows:.1%} of the rows drawn from"
     return [("committed", committed), ("read", f"{coverage.epochs:,.2f} epochs: {used}")]
 
 

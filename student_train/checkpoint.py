@@ -122,6 +122,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
+        self._reserved: Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints, ascending; whether one was damaged since is not looked at."""
@@ -138,7 +139,7 @@ class Checkpoints:
         To lock pages takes as long as a dozen steps, and is done once. Of a CPU all memory is one.
         """
         if jax.default_backend() != "cpu":
-            self._thread.submit(_reserve, abstract)
+            self._reserved = self._thread.submit(_reserve, abstract)
 
     def save(self, state: State, run: RunIdentity) -> None:
         """Begin to save the state under its own step; the state may be donated at once after.
@@ -152,6 +153,8 @@ class Checkpoints:
         work = self.folder / f"{_SAVING}{step}"
         error = None
         try:
+            if self._reserved is not None:
+                self._reserved.result()
             if hosts.is_first():
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._orbax.save(
@@ -199,7 +202,7 @@ class Checkpoints:
                 self._remove(self.folder_of(old))
 
     def _settle(self, step: int, error: Exception | None) -> None:
-        said = hosts.agree(None if error is None else _first_line(error))
+        said = hosts.agree(None if error is None else hosts.first_line(error))
         if not said:
             return
         if hosts.is_first():
@@ -257,7 +260,7 @@ class Checkpoints:
         except (ValueError, OSError, KeyError, ValidationError) as error:
             raise CheckpointError(
                 f"A checkpoint must say what it was made from, but {where} cannot be read "
-                f"({_first_line(error)}); remove this folder to continue from an older one."
+                f"({hosts.first_line(error)}); remove this folder to continue from an older one."
             ) from error
 
     def rows(self) -> int | None:
@@ -295,8 +298,8 @@ class Checkpoints:
             return fields | {name: found[name][name] for name in stored}
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(
-                f"A checkpoint must hold this model's arrays, but {where} does "
-                f"not ({_first_line(error)}); remove this folder to continue from an older one."
+                f"A checkpoint must hold this model's arrays, but {where} does not "
+                f"({hosts.first_line(error)}); remove this folder to continue from an older one."
             ) from error
 
     def close(self) -> None:
@@ -462,10 +465,6 @@ def _numbered(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Coverage(Document):
     committed_token_shards: int
     committed_target_shards: int | None = Field(description="None without targets.")
     shards: int
-    share_of_rows: float = Field(description="Of the committed rows, those read at least once.")
+    share_of_rows: float = Field(description="Of the rows drawn from, those read at least once.")
     epochs: float
 
 
@@ -170,13 +170,11 @@ def _memory(compiled: Any, abstract: State, batch: Batch, device: Any) -> Memory
 def _coverage(config: TrainConfig, source: Source) -> Coverage:
     manifest = source.tokens_manifest
     tokens = Ledger(config.store, None, manifest).committed()
-    usable, target_shards = tokens, None
+    target_shards = None
     if source.targets_manifest is not None:
         targets = Ledger(config.store, config.targets, source.targets_manifest).committed()
-        usable, target_shards = tokens & targets, int(targets.sum())
-    first = np.arange(manifest.num_shards) * manifest.shard_sequences
-    rows = np.minimum(manifest.shard_sequences, manifest.num_sequences - first)
-    epochs = config.steps * config.batch_sequences / int(rows[usable].sum())
+        target_shards = int(targets.sum())
+    epochs = config.steps * config.batch_sequences / source.num_rows
     return Coverage(
         rows=manifest.num_sequences,
         shards=manifest.num_shards,

@@ -99,7 +99,7 @@ def join() -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise HostError(
             f"The processes of a run must find each other, but this one did not find the others "
-            f"({_first_line(error)}); check that all were started and reach process 0."
+            f"({first_line(error)}); check that all were started and reach process 0."
         ) from error
 
 
@@ -255,12 +255,13 @@ def _marked(error: RetortError) -> RetortError:
 def _lost(error: Exception) -> HostError:
     return HostError(
         f"A run needs all of its {jax.process_count()} processes, but one does not answer "
-        f"({_first_line(error)}); see what it printed, and start all of them again: the run "
+        f"({first_line(error)}); see what it printed, and start all of them again: the run "
         "continues from its last checkpoint."
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what some libraries print below it."""
     return (str(error).splitlines() or [repr(error)])[0]
 
 

@@ -20,6 +20,7 @@ from schemas.manifest import (
     identity,
 )
 from schemas.runs import OptimizerConfig, RateSchedule, TrainConfig
+from student_train.data import Batch
 
 MODEL = {
     "vocab_size": 64,
@@ -192,3 +193,16 @@ def small_config(folder: Path, out: Path, **changes: object) -> TrainConfig:
         "log_every": 1,
     }
     return TrainConfig.model_validate(fields | changes)
+
+
+def dense_targets(batch: Batch) -> np.ndarray:
+    """float32 [B, L, VOCAB]: the stored weights of a batch, all other ids 0."""
+    ids, weights = np.asarray(batch.entry_id), np.asarray(batch.entry_weight)
+    dense = np.zeros((*batch.tokens.shape, VOCAB), np.float32)
+    row = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
+    position = codec.entry_positions(
+        np.asarray(batch.head_count), np.asarray(batch.tail_count), BLOCK, BLOCK * ENTRIES
+    )
+    used = ids >= 0
+    np.add.at(dense, (row[used], position[used], ids[used]), weights[used])
+    return dense

@@ -82,7 +82,7 @@ def test_a_dry_run_is_readable(folder: Path, capsys: pytest.CaptureFixture[str])
         "nothing was written",
         "6 steps of 256 tokens",
         "3 of 3 shards of tokens, 3 of targets",
-        "2.40 epochs: 100.0% of the committed rows",
+        "2.40 epochs: 100.0% of the rows drawn from",
         "8 x cpu",
         "median of 3",
     ):

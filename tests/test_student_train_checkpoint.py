@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from student_store import MODEL, make_store, small_config
 
 from schemas.errors import CheckpointError, SaveError
@@ -221,3 +223,22 @@ def test_a_save_that_fails_ends_the_run_only_if_that_is_wished(
     assert said[0].endswith("Training goes on.")
     assert losses(result) == losses(expected)
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_what_is_reserved_has_the_states_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an array over eight devices, eight parts, in page-locked memory."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, P(None, "x"))
+    state = jax.ShapeDtypeStruct((3, 16), jnp.bfloat16, sharding=where)
+    made = []
+    make = jax.make_array_from_callback
+    monkeypatch.setattr(
+        checkpoint.jax,
+        "make_array_from_callback",
+        lambda *arguments: made.append(make(*arguments)) or made[-1],
+    )
+    checkpoint._reserve(state)
+    (found,) = made
+    assert found.sharding.memory_kind == "pinned_host"
+    assert (found.shape, found.dtype) == ((3, 16), jnp.bfloat16)
+    assert {part.data.shape for part in found.addressable_shards} == {(3, 2)}

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from student_store import BLOCK, ENTRIES, VOCAB, make_store
+from student_store import VOCAB, dense_targets, make_store
 
 from gemma2 import model as gemma2
 from gemma2.placement import check_model, partition
-from logit_store import codec
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 from schemas.runs import MeshConfig, TrainConfig
@@ -98,14 +97,7 @@ def test_one_device_has_the_gradients_of_the_dense_model(source: StoreSource) ->
     _, _, batch, state = setup(source, "one")
     tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segment_ids)
     mask = np.pad((segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] != 0), ((0, 0), (0, 1)))
-    dense = np.zeros((*tokens.shape, VOCAB), np.float32)
-    row = np.broadcast_to(np.arange(8)[:, None], batch.entry_id.shape)
-    used = np.asarray(batch.entry_id) >= 0
-    position = codec.entry_positions(
-        np.asarray(batch.head_count), np.asarray(batch.tail_count), BLOCK, BLOCK * ENTRIES
-    )
-    place = (row[used], position[used], np.asarray(batch.entry_id)[used])
-    np.add.at(dense, place, np.asarray(batch.entry_weight)[used])
+    dense = dense_targets(batch)
     label = np.eye(VOCAB, dtype=np.float32)[np.roll(tokens, -1, axis=1)]
     mixed = (0.7 * dense + 0.3 * label) * mask[..., None] / mask.sum()
 

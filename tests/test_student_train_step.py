@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from student_store import BLOCK, ENTRIES, VOCAB, make_store
 from student_store import MODEL as FIELDS
+from student_store import VOCAB, dense_targets, make_store
 
 from gemma2 import model as gemma2
-from logit_store import codec
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 from schemas.runs import MeshConfig, OptimizerConfig, RateSchedule, RoutingConfig, TrainConfig
@@ -146,14 +145,7 @@ def dense_loss(params: Any, batch: Batch, alpha: np.ndarray) -> jax.Array:
     """The mixed loss with dense targets, where `alpha` float32 [B, L] differs by position."""
     tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segment_ids)
     mask = np.pad((segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] != 0), ((0, 0), (0, 1)))
-    dense = np.zeros((*tokens.shape, VOCAB), np.float32)
-    row = np.broadcast_to(np.arange(8)[:, None], batch.entry_id.shape)
-    used = np.asarray(batch.entry_id) >= 0
-    position = codec.entry_positions(
-        np.asarray(batch.head_count), np.asarray(batch.tail_count), BLOCK, BLOCK * ENTRIES
-    )
-    at = (row[used], position[used], np.asarray(batch.entry_id)[used])
-    np.add.at(dense, at, np.asarray(batch.entry_weight)[used])
+    dense = dense_targets(batch)
     label = np.eye(VOCAB, dtype=np.float32)[np.roll(tokens, -1, axis=1)]
     mixed = alpha[..., None] * dense + (1 - alpha[..., None]) * label
     mixed = mixed * mask[..., None] / mask.sum()
