@@ -3,16 +3,19 @@
 A kernel declares what it supports. Asking one for a feature it lacks raises; nothing is dropped.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from gemma2 import splash
+from gemma2 import flash, splash
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig
 
@@ -29,53 +32,85 @@ class Kernel:
     segments: bool
     backward: bool
     head_sizes: frozenset[int] | None = None  # None: any
-    device_kinds: frozenset[str] | None = None  # None: any
+    dtypes: frozenset[str] | None = None  # None: any
+    device_kinds: frozenset[str] | None = None  # None: any; of a CUDA device sm_90 and the like
+    largest_cap: float | None = None  # Without a cap, or with a larger one, it does not work.
+    shared_keys: bool = False  # Several heads must share a key's.
+    package: str | None = None  # What must be installed.
 
 
-def resolve(name: str, config: ModelConfig, device: Any, *, backward: bool) -> str:
+def resolve(
+    name: str, config: ModelConfig, device: Any, *, dtype: DTypeLike, backward: bool
+) -> str:
     """The kernel for a model on a device; auto is the first in the table that fits both.
 
-    device: a `jax.Device`, of this machine or only compiled for. Raises ConfigError by feature.
+    device: a `jax.Device`, of this machine or only compiled for. dtype: the compute dtype. Raises
+    ConfigError by feature. Warns if auto passes over a kernel that only is not installed.
     """
-    needs = _Needs(
-        config.attention_cap, config.window_tokens, config.head_size, backward, device.device_kind
-    )
+    needs = _Needs.of(config, config.window_tokens, dtype, backward, device)
     return _first_fitting(name, list(KERNELS), needs)
 
 
 def choose(
-    name: str, *, cap: float | None, window: int | None, head_size: int, backward: bool
+    name: str, config: ModelConfig, *, window: int | None, dtype: DTypeLike, backward: bool
 ) -> Callable[..., Array]:
     """The kernel `name`; auto is the first that runs on every device.
 
     Raises ConfigError by feature.
     """
     everywhere = [name for name, kernel in KERNELS.items() if kernel.device_kinds is None]
-    return KERNELS[
-        _first_fitting(name, everywhere, _Needs(cap, window, head_size, backward, None))
-    ].run
+    needs = _Needs.of(config, window, dtype, backward, None)
+    return KERNELS[_first_fitting(name, everywhere, needs)].run
 
 
 class _Needs(NamedTuple):
     cap: float | None
     window: int | None
     head_size: int
+    heads_per_key: int
+    dtype: str
     backward: bool
     device_kind: str | None
     """None: whoever named the kernel knows where it runs."""
 
+    @classmethod
+    def of(
+        cls, config: ModelConfig, window: int | None, dtype: DTypeLike, backward: bool, device: Any
+    ) -> "_Needs":
+        capability = getattr(device, "compute_capability", None)
+        kind = getattr(device, "device_kind", None)
+        return cls(
+            config.attention_cap,
+            window,
+            config.head_size,
+            config.num_heads // config.num_kv_heads,
+            jnp.dtype(dtype).name,
+            backward,
+            f"sm_{str(capability).replace('.', '')}" if capability else kind,
+        )
+
     def lacking(self, kernel: Kernel) -> list[str]:
-        """What the kernel does not have of this."""
-        sizes, kinds = kernel.head_sizes, kernel.device_kinds
+        """What the kernel does not have of this; what is not installed comes last."""
+        sizes, kinds, largest = kernel.head_sizes, kernel.device_kinds, kernel.largest_cap
         features = (
             ("soft-cap", self.cap is None or kernel.cap),
+            (
+                f"scores that no cap of {largest} bounds",
+                largest is None or (self.cap is not None and self.cap <= largest),
+            ),
             ("window", self.window is None or kernel.window),
             ("segments", kernel.segments),
             ("backward", not self.backward or kernel.backward),
             (f"head size {self.head_size}", sizes is None or self.head_size in sizes),
+            ("as many key heads as heads", self.heads_per_key > 1 or not kernel.shared_keys),
+            (f"compute in {self.dtype}", kernel.dtypes is None or self.dtype in kernel.dtypes),
             (
                 f"device {self.device_kind}",
                 kinds is None or self.device_kind is None or self.device_kind in kinds,
+            ),
+            (
+                f"the package {kernel.package} (pip install 'retort[gpu]', Python 3.12 or later)",
+                kernel.package is None or find_spec(kernel.package) is not None,
             ),
         )
         return [feature for feature, present in features if not present]
@@ -88,9 +123,14 @@ def _first_fitting(name: str, automatic: list[str], needs: _Needs) -> str:
             raise ConfigError(
                 f"attention must be one of auto, {', '.join(KERNELS)}, but it is '{candidate}'."
             )
-        lacking = needs.lacking(KERNELS[candidate])
+        kernel = KERNELS[candidate]
+        lacking = needs.lacking(kernel)
         if not lacking:
             return candidate
+        if name == "auto" and len(lacking) == 1 and kernel.package and kernel.package in lacking[0]:
+            warnings.warn(
+                f"attention: '{candidate}' is faster here but lacks {lacking[0]}.", stacklevel=3
+            )
     raise ConfigError(
         f"The attention kernel must support what the model has, but '{name}' lacks "
         f"{', '.join(lacking)}; choose attention 'reference'."
@@ -175,6 +215,19 @@ def _splash(largest_block: int, *device_kinds: str) -> Kernel:
 
 # In the order of preference.
 KERNELS: dict[str, Kernel] = {
+    "flash": Kernel(
+        partial(flash.attention, in_xla=reference),
+        cap=True,
+        window=True,
+        segments=True,
+        backward=True,
+        head_sizes=frozenset((128, 256)),
+        dtypes=frozenset(("bfloat16",)),
+        device_kinds=frozenset(("sm_90",)),
+        largest_cap=60.0,  # e^60, and sums of them, fit float32
+        shared_keys=True,
+        package="fa4_jax",
+    ),
     "splash": _splash(1024, "TPU v5 lite", "TPU v5", "TPU v6 lite"),
     # Blocks of 1024 overflow this chip's vector memory.
     "splash_v4": _splash(512, "TPU v4"),

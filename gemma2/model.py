@@ -110,11 +110,7 @@ class Attention(nnx.Module):
         query = rotate(self.query(x, execution).reshape(heads), config.rope_base)
         key = rotate(self.key(x, execution).reshape(heads), config.rope_base)
         run = attention_kernels.choose(
-            execution.attention,
-            cap=config.attention_cap,
-            window=self.window,
-            head_size=config.head_size,
-            backward=True,
+            execution.attention, config, window=self.window, dtype=x.dtype, backward=True
         )
         out = execution.placement.attend(
             partial(run, cap=config.attention_cap, window=self.window),

@@ -112,7 +112,9 @@ def compile_step(config: CompileConfig) -> Compiled:
     if config.teacher:
         devices = devices[: config.mesh.model]
     mesh = meshes.make_mesh(config.mesh, devices)
-    kernel = attention.resolve(config.attention, model, devices[0], backward=not config.teacher)
+    kernel = attention.resolve(
+        config.attention, model, devices[0], dtype=config.dtype, backward=not config.teacher
+    )
     groups = mesh.size // mesh.shape["model"]
     rows = config.sequences_per_group * groups
     tokens = rows * config.sequence_tokens

@@ -206,7 +206,8 @@ def make_objective(
     """
     loss = make_loss(head, mesh)
     rows = meshes.rows_sharding(mesh)
-    kernel = attention.resolve(config.attention, model, mesh.devices.flat[0], backward=True)
+    device = mesh.devices.flat[0]
+    kernel = attention.resolve(config.attention, model, device, dtype=config.dtype, backward=True)
 
     def objective(
         params: Any, batch: Batch, alpha: Any, positions: jax.Array | None = None
@@ -373,7 +374,7 @@ def make_eval_step(
     """(params, int32 [V] bytes of each id, batch) → scores of each row; targets are ignored."""
     loss = make_loss(head._replace(block_tokens=1), mesh)
     rows = meshes.rows_sharding(mesh)
-    kernel = attention.resolve("auto", model, mesh.devices.flat[0], backward=False)
+    kernel = attention.resolve("auto", model, mesh.devices.flat[0], dtype=dtype, backward=False)
 
     def eval_step(params: Any, piece_bytes: jax.Array, batch: Batch) -> RowScores:
         tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)

@@ -82,9 +82,10 @@ class Gemma2Teacher:
         """
         self.info = info
         self._config = config
-        kernel = resolve("auto", config, jax.local_devices()[0], backward=False)
-        self._execution = Execution(kernel, placement)
         self._dtype = embedding(params).dtype
+        device = jax.local_devices()[0]
+        kernel = resolve("auto", config, device, dtype=self._dtype, backward=False)
+        self._execution = Execution(kernel, placement)
         self._params = _rows(params, _padded(np.arange(info.vocab_size)))
         # The rest, which a sampler may name, is the id behind the last.
         self._ids = np.arange(info.vocab_size + 1, dtype=np.int32)

@@ -166,17 +166,17 @@ def test_depth_does_not_grow_the_program():
 def test_a_kernel_without_a_feature_is_refused_by_name(monkeypatch):
     plain = attention.Kernel(attention.reference, False, True, True, True)
     monkeypatch.setitem(attention.KERNELS, "plain", plain)
-    needs = {"window": 4, "head_size": 8, "backward": True}
-    attention.choose("plain", cap=None, **needs)
+    needs = {"window": 4, "dtype": jnp.float32, "backward": True}
+    attention.choose("plain", TINY.model_copy(update={"attention_cap": None}), **needs)
     with pytest.raises(ConfigError, match="'plain' lacks soft-cap"):
-        attention.choose("plain", cap=50.0, **needs)
+        attention.choose("plain", TINY, **needs)
 
 
 def test_a_kernel_without_segments_is_refused_by_name(monkeypatch):
     single = attention.Kernel(attention.reference, True, True, False, True)
     monkeypatch.setitem(attention.KERNELS, "single", single)
     with pytest.raises(ConfigError, match="'single' lacks segments; choose"):
-        attention.choose("single", cap=None, window=None, head_size=8, backward=True)
+        attention.choose("single", TINY, window=None, dtype=jnp.float32, backward=True)
 
 
 def test_an_unknown_remat_policy_is_refused(params):

@@ -173,9 +173,7 @@ def _no_post_norms(monkeypatch):
 
 
 def _other_groups(monkeypatch):
-    reference_kernel = model.attention_kernels.choose(
-        "reference", cap=None, window=None, head_size=2, backward=True
-    )
+    reference_kernel = model.attention_kernels.reference
 
     def regrouped(query, key, value, segments, **options):
         heads = query.shape[2]
