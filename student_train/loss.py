@@ -27,6 +27,8 @@ LARGEST_CAP_WITHOUT_MAXIMUM = 60.0
 class Targets(NamedTuple):
     """What the positions of a batch should predict; all of it is constant to the gradient.
 
+    No weight is negative.
+
     B rows of T tokens; E entry slots a row, block b of a row owning slots [b·K, (b+1)·K) with
     K = E / (T / block_tokens). Without stored targets E is 0.
     """
@@ -192,13 +194,13 @@ def _scan_chunks(
         weights = lax.all_gather(weights, head.table_axis, axis=head.table_dimension, tiled=True)
 
     def step(table_gradient: Any, chunk: _Chunk) -> tuple[Any, Any]:
-        logits = jnp.einsum("cd,vd->cv", chunk.hidden, weights, preferred_element_type=jnp.float32)
-        losses, gradient = _chunk_loss(head, chunk, logits)
+        losses, (unnormalised, scale) = _chunk_loss(head, chunk, weights)
         if not with_gradients:
             return None, (losses, None)
-        dx = jnp.einsum("cv,vd->cd", gradient, weights, preferred_element_type=jnp.float32)
-        dx = _over_vocabulary(head, lax.psum, dx)
-        dw = jnp.einsum("cv,cd->vd", gradient, chunk.hidden, preferred_element_type=jnp.float32)
+        scaled = (chunk.hidden.astype(jnp.float32) * scale[:, None]).astype(chunk.hidden.dtype)
+        dx = jnp.einsum("cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32)
+        dx = _over_vocabulary(head, lax.psum, scale[:, None] * dx)
+        dw = jnp.einsum("cv,cd->vd", unnormalised, scaled, preferred_element_type=jnp.float32)
         return table_gradient + dw, (losses, dx.astype(hidden.dtype))
 
     # The carry is as large as one float32 table: it is the gradient itself.
@@ -236,72 +238,97 @@ def _reduce_over_devices(head: Head, table_gradient: jax.Array) -> jax.Array:
     return lax.psum(table_gradient, others) if others else table_gradient
 
 
-def _chunk_loss(
-    head: Head, chunk: _Chunk, logits: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """((kd [C], ce [C]), d loss / d logits [C, V] in the compute dtype) of float32 logits [C, V].
+class _Scores(NamedTuple):
+    """What the logits of C tokens and V ids leave behind; shift and total know all devices' ids."""
 
-    With s the capped logit, q = softmax(s) and the weights a and b of the two losses, the gradient
-    of one row is (1 − (s/c)²)·(a·(m·q − p̂) + b·(q − onehot(label))). It is dense but for the
-    entries, which are computed apart and then *set*: both are rounded to the compute dtype (for
+    unnormalised: jax.Array  # compute dtype [C, V], s' exp(s - shift), 0 in padded columns
+    total: jax.Array  # float32 [C], Σ exp(s - shift)
+    shift: jax.Array  # float32 [C]
+    slot_logits: jax.Array  # float32 [N], logits z of the wanted (token, id) pairs, before the cap
+
+
+def _chunk_loss(
+    head: Head, chunk: _Chunk, weights: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """((kd [C], ce [C]), (G [C, V] in the compute dtype, r float32 [C])), d loss / d logits = r·G.
+
+    With s the capped logit, s' its derivative, q = softmax(s) = exp(s) / total, p̂ and y the entries
+    and the one-hot label, a and b the weights of the two losses and n = a·m + b, the gradient of a
+    row is s'·(a·(m·q − p̂) + b·(q − y)) = n / total · s'·(exp(s) − total·(a·p̂ + b·y) / n). The first
+    factor is r. What it multiplies is known before the total is, but for label and entries: one
+    pass over the logits writes G and adds up the total, and r waits until after the products.
+
+    Label and entries are computed apart and then *set*: they are rounded to the compute dtype (for
     the two products that follow) only after their differences were taken in float32, no dense copy
     of the targets exists, and there is no adding scatter, which would be atomic on a GPU.
+
+    As a·p̂ + b·y <= n, no G is larger than the total: the range that LARGEST_CAP_WITHOUT_MAXIMUM
+    leaves to float32 is that of bfloat16 too. Where n is 0, r is.
     """
-    rows, width = logits.shape
+    rows, width = chunk.hidden.shape[0], weights.shape[0]
     first = 0 if head.vocab_axis is None else lax.axis_index(head.vocab_axis) * width
-    ids = first + lax.broadcasted_iota(jnp.int32, (rows, width), 1)
-    known = ids < head.valid_vocab
+    # Every position's label follows the entries, as one more slot.
+    token = jnp.concatenate([chunk.entry_token, jnp.arange(rows, dtype=jnp.int32)])
+    # Unused slots (−1) read any logit of their token; their weight is 0.
+    column = jnp.concatenate([jnp.maximum(chunk.entry_id, 0), chunk.labels]) - first
+    scores = _scores(head, chunk.hidden, weights, first, token, column)
+
+    logsumexp = scores.shift + jnp.log(scores.total)
+    capped, slope = _soft_cap(head.final_cap, scores.slot_logits)
+    surprise = logsumexp[token] - capped
+    entries = chunk.entry_id.shape[0]
+    is_label = chunk.entry_id == chunk.labels[chunk.entry_token]
+    mass, kd, on_label = jax.ops.segment_sum(
+        jnp.stack(
+            [
+                chunk.entry_weight,
+                chunk.entry_weight * surprise[:entries],
+                jnp.where(is_label, chunk.entry_weight, 0.0),
+            ],
+            axis=1,
+        ),
+        chunk.entry_token,
+        num_segments=rows,
+    ).T
+    softmax_scale = chunk.entry_scale * mass + chunk.label_weight
+    target = jnp.concatenate(
+        [
+            chunk.entry_scale[chunk.entry_token] * chunk.entry_weight,
+            chunk.entry_scale * on_label + chunk.label_weight,
+        ]
+    )
+    share = target / jnp.where(softmax_scale > 0, softmax_scale, 1.0)[token]
+    gradient = slope * (jnp.exp(-surprise) - share) * scores.total[token]
+    # Past the end nothing is set: unused slots, other devices' ids (which would wrap around) and
+    # entries that are their position's label, whose own slot knows them.
+    is_set = jnp.concatenate([(chunk.entry_id >= 0) & ~is_label, jnp.ones((rows,), bool)])
+    column = jnp.where(is_set & (column >= 0), column, width)
+    unnormalised = scores.unnormalised.at[token, column].set(
+        gradient.astype(scores.unnormalised.dtype), mode="drop", unique_indices=True
+    )
+    return (kd, surprise[entries:]), (unnormalised, softmax_scale / scores.total)
+
+
+def _scores(
+    head: Head, hidden: jax.Array, weights: jax.Array, first: Any, token: jax.Array, column: Any
+) -> _Scores:
+    """Scores of C tokens against this device's V ids, the first of which is `first`."""
+    logits = jnp.einsum("cd,vd->cv", hidden, weights, preferred_element_type=jnp.float32)
+    known = first + lax.broadcasted_iota(jnp.int32, logits.shape, 1) < head.valid_vocab
     capped, slope = _soft_cap(head.final_cap, logits)
     if head.final_cap is not None and head.final_cap <= LARGEST_CAP_WITHOUT_MAXIMUM:
-        shift = jnp.zeros((rows,), jnp.float32)
+        shift = jnp.zeros(logits.shape[:1], jnp.float32)
     else:
         shift = jnp.max(jnp.where(known, capped, -jnp.inf), axis=1)
         shift = _over_vocabulary(head, lax.pmax, shift)
     # Padded rows of the table are masked after the cap, which would make −inf finite.
     exponential = jnp.where(known, jnp.exp(capped - shift[:, None]), 0.0)
-    total = _over_vocabulary(head, lax.psum, jnp.sum(exponential, axis=1))
-    logsumexp = shift + jnp.log(total)
-
-    label_logit = _logits_of(head, logits, jnp.arange(rows), chunk.labels - first)
-    ce = logsumexp - _soft_cap(head.final_cap, label_logit)[0]
-
-    token = chunk.entry_token
-    # Unused slots (−1) read any logit of their token; their weight is 0.
-    entry_logit = _logits_of(head, logits, token, jnp.maximum(chunk.entry_id, 0) - first)
-    entry_capped, entry_slope = _soft_cap(head.final_cap, entry_logit)
-    surprise = logsumexp[token] - entry_capped
-    mass, kd = jnp.split(
-        jax.ops.segment_sum(
-            jnp.stack([chunk.entry_weight, chunk.entry_weight * surprise], axis=1),
-            token,
-            num_segments=rows,
-        ),
-        2,
-        axis=1,
+    return _Scores(
+        unnormalised=(slope * exponential).astype(hidden.dtype),
+        total=_over_vocabulary(head, lax.psum, jnp.sum(exponential, axis=1)),
+        shift=shift,
+        slot_logits=_logits_of(head, logits, token, column),
     )
-    mass, kd = mass[:, 0], kd[:, 0]
-
-    softmax_scale = chunk.entry_scale * mass + chunk.label_weight
-    is_label = ids == chunk.labels[:, None]
-    gradient = slope * (
-        exponential * (softmax_scale / total)[:, None]
-        - jnp.where(is_label, chunk.label_weight[:, None], 0.0)
-    )
-    entry_gradient = entry_slope * (
-        softmax_scale[token] * jnp.exp(-surprise)
-        - chunk.entry_scale[token] * chunk.entry_weight
-        - jnp.where(chunk.entry_id == chunk.labels[token], chunk.label_weight[token], 0.0)
-    )
-    # Unused slots (−1), and ids of other devices, would wrap around; past the end they are dropped.
-    column = chunk.entry_id - first
-    column = jnp.where((chunk.entry_id < 0) | (column < 0), width, column)
-    dtype = chunk.hidden.dtype
-    gradient = (
-        gradient.astype(dtype)
-        .at[token, column]
-        .set(entry_gradient.astype(dtype), mode="drop", unique_indices=True)
-    )
-    return (kd, ce), gradient
 
 
 def _over_vocabulary(head: Head, combine: Callable[..., jax.Array], x: jax.Array) -> jax.Array:

@@ -155,9 +155,10 @@ def test_loss_and_gradients_equal_the_dense_oracle(name: str, alpha: float) -> N
         assert relative_error(actual, wanted) < 3e-6
 
 
+@pytest.mark.parametrize("cap", [None, 30.0, 60.0, 70.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
-def test_bfloat16_gradients_are_as_close_as_their_rounding(alpha: float) -> None:
-    case = Case(dtype=jnp.bfloat16, vocab=4224, padded=4225, width=17)
+def test_bfloat16_gradients_are_as_close_as_their_rounding(alpha: float, cap: float | None) -> None:
+    case = Case(dtype=jnp.bfloat16, vocab=4224, padded=4225, width=17, cap=cap)
     sums, (dx, dw) = value_and_gradients(sparse_target_loss, case, alpha)
     expected_sums, (expected_dx, expected_dw) = value_and_gradients(rounded_oracle, case, alpha)
     assert dx.dtype == jnp.bfloat16

@@ -1,0 +1,345 @@
+"""The vocabulary head with its sparse-target loss, forward and backward, beside its three products.
+
+`python -m benchmarks.head_speed` wants a GPU of 80 GB; `--tokens 256 --vocab 1000 --width 64` tries
+it on any machine. The *floor* is what three products of [tokens, width] with [vocab, width] take at
+the rate of a square product of 8192, measured in the same run. Times are medians over calls that
+each end before the next begins. `extra` is what the compiled function needs besides its arguments,
+gradients included: the table's is float32 [V, D]. The errors are relative norms of the difference
+from a dense float32 computation on the rounded table. Peers in PyTorch run if it is installed;
+given a bfloat16 table they return its gradient in bfloat16.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from student_train.loss import Head, Targets, sparse_target_loss
+
+CAP = 30.0
+BLOCK_TOKENS = 64
+ALPHA = 0.9
+# Standard deviation of Gaussian scores over V ids with entropy ln V - sd^2 / 2 = 3.5 nats.
+SPREAD = 4.2
+GIB = 2**30
+
+
+def milliseconds(run: Callable[[], Any], finish: Callable[[Any], Any], calls: int) -> float:
+    """Median over `calls`, after two that compile and warm up."""
+    for _ in range(2):
+        finish(run())
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        finish(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def product_rate(size: int, calls: int) -> float:
+    """FLOP/s of a square product in bfloat16, from eight in a row: no launch is waited for."""
+    left, right = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (0, 1))
+    right = right * jnp.bfloat16(size**-0.5)
+
+    @jax.jit
+    def chain(left: jax.Array, right: jax.Array) -> jax.Array:
+        for _ in range(8):
+            left = left @ right
+        return left
+
+    found = milliseconds(lambda: chain(left, right), jax.block_until_ready, calls)
+    return 8 * 2 * size**3 / (found / 1e3)
+
+
+def make_targets(tokens: int, vocab: int, mean_entries: int) -> Targets:
+    """One row; counts differ from token to token, and a block's slots are all but filled."""
+    random = np.random.default_rng(0)
+    slots = BLOCK_TOKENS * mean_entries
+    ids, positions, weights = [], [], []
+    for first in range(0, tokens, BLOCK_TOKENS):
+        counts = random.multinomial(slots - 3, np.ones(BLOCK_TOKENS) / BLOCK_TOKENS)
+        for token, count in enumerate(counts):
+            ids.append(np.sort(random.choice(vocab, count, replace=False)))
+            positions.append(np.full(count, first + token))
+            weights.append(random.dirichlet(np.full(count, 0.3)) if count else np.zeros(0))
+        ids.append(np.full(3, -1))
+        positions.append(np.full(3, first + BLOCK_TOKENS - 1))
+        weights.append(np.zeros(3))
+    entry_id = np.concatenate(ids).astype(np.int32)
+    position = np.concatenate(positions).astype(np.int32)
+    labels = random.integers(0, vocab, tokens).astype(np.int32)
+    # Every second token's label is one of its entries, as it usually is.
+    used = (entry_id >= 0) & (position % 2 == 0)
+    labels[position[used]] = entry_id[used]
+    return jax.tree.map(
+        lambda array: jnp.asarray(array)[None],
+        Targets(
+            labels=labels,
+            label_weight=np.full(tokens, 1 - ALPHA, np.float32),
+            entry_id=entry_id,
+            entry_position=position,
+            entry_weight=np.concatenate(weights).astype(np.float32),
+            entry_scale=np.full(tokens, ALPHA, np.float32),
+        ),
+    )
+
+
+def padded_entries(targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 ids, float32 weights) [tokens, most entries + 1]: a p̂, and last the label's weight.
+
+    The loss is then Σ p · (logsumexp(s) - s) over all of them, which is how peers compute it.
+    """
+    entry_id, position, weight = (
+        np.asarray(array[0])
+        for array in (targets.entry_id, targets.entry_position, targets.entry_weight)
+    )
+    tokens = targets.labels.shape[1]
+    used = entry_id >= 0
+    entry_id, position, weight = entry_id[used], position[used], weight[used]
+    counts = np.bincount(position, minlength=tokens)
+    rank = np.arange(len(position)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ids = np.zeros((tokens, counts.max() + 1), np.int32)
+    weights = np.zeros(ids.shape, np.float32)
+    ids[position, rank] = entry_id
+    weights[position, rank] = weight * np.asarray(targets.entry_scale[0])[position]
+    ids[:, -1] = np.asarray(targets.labels[0])
+    weights[:, -1] = np.asarray(targets.label_weight[0])
+    return ids, weights
+
+
+@partial(jax.jit, static_argnums=4)
+def reference(
+    hidden: jax.Array, table: jax.Array, ids: jax.Array, weights: jax.Array, valid: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss, its gradients to `hidden` and `table`), all in float32; 128 rows of logits at once."""
+    rows = min(128, hidden.shape[0])
+
+    def loss(hidden: jax.Array, table: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = jnp.einsum("cd,vd->cv", hidden, table, precision=lax.Precision.HIGHEST)
+        scores = (CAP * jnp.tanh(logits / CAP))[:, :valid]
+        surprise = jax.nn.logsumexp(scores, axis=1)[:, None] - jnp.take_along_axis(
+            scores, ids, axis=1
+        )
+        return jnp.sum(weights * surprise)
+
+    def step(table_gradient: jax.Array, part: Any) -> tuple[jax.Array, Any]:
+        value, (dx, dw) = jax.value_and_grad(loss, argnums=(0, 1))(part[0], table, *part[1:])
+        return table_gradient + dw, (value, dx)
+
+    parts = jax.tree.map(
+        lambda array: array.reshape(-1, rows, *array.shape[1:]),
+        (hidden.astype(jnp.float32), ids, weights),
+    )
+    dw, (values, dx) = lax.scan(step, jnp.zeros(table.shape, jnp.float32), parts)
+    return jnp.sum(values), dx.reshape(hidden.shape), dw
+
+
+@jax.jit
+def difference(actual: jax.Array, expected: jax.Array) -> jax.Array:
+    """Norm of the difference over the norm of what is expected."""
+    gap = actual.astype(jnp.float32).reshape(expected.shape) - expected
+    return jnp.linalg.norm(gap) / jnp.linalg.norm(expected)
+
+
+def errors(found: Any, expected: Any) -> dict[str, float]:
+    return {
+        name: float(f"{float(difference(actual, wanted)):.2g}")
+        for name, actual, wanted in zip(("loss", "dx", "dw"), found, expected, strict=True)
+    }
+
+
+def retort(
+    hidden: jax.Array, table: jax.Array, targets: Targets, head: Head, calls: int, hlo: str | None
+) -> tuple[dict[str, Any], Any]:
+    """(measured, (loss, dx, dw)) of this package's loss."""
+
+    @jax.jit
+    def both(hidden: jax.Array, table: jax.Array, targets: Targets) -> Any:
+        def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
+            return sparse_target_loss(hidden, table, targets, head).loss
+
+        value, (dx, dw) = jax.value_and_grad(loss, argnums=(0, 1))(hidden, table)
+        return value, dx, dw
+
+    compiled = both.lower(hidden[None], table, targets).compile()
+    if hlo:
+        with open(f"{hlo}.{head.chunk_tokens}.txt", "w") as file:
+            file.write(compiled.as_text())
+    memory = compiled.memory_analysis()
+    found = milliseconds(
+        lambda: compiled(hidden[None], table, targets), jax.block_until_ready, calls
+    )
+    measured = {
+        "ms": round(found, 2),
+        "extra_gib": round((memory.temp_size_in_bytes + memory.output_size_in_bytes) / GIB, 2),
+        "temp_gib": round(memory.temp_size_in_bytes / GIB, 2),
+    }
+    return measured, compiled(hidden[None], table, targets)
+
+
+def peers(
+    hidden: jax.Array, table: jax.Array, targets: Targets, calls: int
+) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """(name, measured, (loss, dx, dw) or None where the peer's loss is another) of each peer."""
+    try:
+        import torch
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        return
+    jax.block_until_ready((hidden, table))
+    x = torch.from_dlpack(hidden).clone().requires_grad_()
+    w = torch.from_dlpack(table.astype(jnp.bfloat16)).clone().requires_grad_()
+    ids, weights = (torch.tensor(array, device="cuda") for array in padded_entries(targets))
+    ids = ids.long()
+    labels = torch.tensor(np.asarray(targets.labels[0]), device="cuda").long()
+
+    def dense(x: Any, ids: Any, weights: Any) -> Any:
+        scores = CAP * torch.tanh((x @ w.t()).float() / CAP)
+        surprise = torch.logsumexp(scores, -1)[:, None] - scores.gather(1, ids)
+        return (weights * surprise).sum()
+
+    compiled = torch.compile(dense)
+
+    def chunked(rows: int) -> Any:
+        total = 0
+        for first in range(0, len(x), rows):
+            part = slice(first, first + rows)
+            loss = compiled(x[part], ids[part], weights[part])
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def whole(loss: Callable[[], Any]) -> Any:
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    runs: dict[str, tuple[Callable[[], Any], bool]] = {
+        "torch.compile, whole": (partial(chunked, len(x)), True),
+        "torch.compile, chunks of 1024": (partial(chunked, 1024), True),
+        "torch.compile, chunks of 2048": (partial(chunked, 2048), True),
+    }
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        runs["Apple CCE, labels alone"] = (
+            partial(
+                whole, lambda: linear_cross_entropy(x, w, labels, softcap=CAP, reduction="sum")
+            ),
+            False,
+        )
+    except ImportError:
+        pass
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(softcap=CAP, reduction="sum")
+        runs["Liger, labels alone"] = (partial(whole, lambda: liger(w, x, labels)), False)
+    except ImportError:
+        pass
+
+    for name, (run, is_same_loss) in runs.items():
+
+        def once(run: Callable[[], Any] = run) -> Any:
+            x.grad = w.grad = None
+            return run()
+
+        def finish(_: Any) -> None:
+            torch.cuda.synchronize()
+
+        try:
+            milliseconds(once, finish, 1)
+            x.grad = w.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            found = milliseconds(once, finish, calls)
+        except torch.cuda.OutOfMemoryError:
+            yield name, {"ms": "out of memory"}, None
+            continue
+        extra = (torch.cuda.max_memory_allocated() - before) / GIB
+        loss = once()
+        finish(None)
+        result = None
+        if is_same_loss:
+            result = (
+                jnp.float32(loss.item()),
+                jnp.from_dlpack(x.grad.detach()),
+                jnp.from_dlpack(w.grad.detach()),
+            )
+        yield name, {"ms": round(found, 2), "extra_gib": round(extra, 2)}, result
+
+
+def main() -> None:
+    # PyTorch needs its part of the memory too; read when JAX first touches the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=256_000)
+    parser.add_argument("--padded", type=int, default=256_128, help="The table's rows.")
+    parser.add_argument("--width", type=int, default=2304)
+    parser.add_argument("--entries", type=int, nargs="*", default=[12, 32])
+    parser.add_argument("--chunks", type=int, nargs="*", default=[1024, 2048, 2816, 4096])
+    parser.add_argument("--calls", type=int, default=10)
+    parser.add_argument("--square", type=int, default=8192)
+    parser.add_argument("--hlo", help="Write each compiled program to files of this name.")
+    arguments = parser.parse_args()
+    tokens, width = arguments.tokens, arguments.width
+    padded = max(arguments.padded, arguments.vocab)
+    if arguments.vocab != parser.get_default("vocab"):
+        padded = -(-arguments.vocab // 128) * 128
+
+    rate = product_rate(arguments.square, arguments.calls)
+    floor = 3 * 2 * tokens * width * padded / rate * 1e3
+    print(
+        json.dumps(
+            {
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "tflops": round(rate / 1e12, 1),
+                "floor_ms": round(floor, 2),
+            }
+        ),
+        flush=True,
+    )
+    hidden = jax.random.normal(jax.random.key(2), (tokens, width), jnp.bfloat16)
+    table = jax.random.normal(jax.random.key(3), (padded, width), jnp.bfloat16)
+    # Float32 as the trainer's master weights are, of values that bfloat16 has.
+    table = (table * (SPREAD / width**0.5)).astype(jnp.bfloat16).astype(jnp.float32)
+
+    def report(name: str, entries: int, measured: dict[str, Any], result: Any, wanted: Any) -> None:
+        if result is not None:
+            measured = measured | errors(result, wanted)
+        line = {"what": name, "entries": entries} | measured
+        if isinstance(line["ms"], float):
+            line["of_floor"] = round(line["ms"] / floor, 3)
+        print(json.dumps(line), flush=True)
+
+    for entries in arguments.entries:
+        targets = make_targets(tokens, arguments.vocab, entries)
+        expected = reference(
+            hidden, table, *map(jnp.asarray, padded_entries(targets)), arguments.vocab
+        )
+        for chunk in arguments.chunks:
+            head = Head(arguments.vocab, CAP, BLOCK_TOKENS, chunk)
+            measured, result = retort(hidden, table, targets, head, arguments.calls, arguments.hlo)
+            report(f"portable, chunks of {chunk}", entries, measured, result, expected)
+            del result
+    # Peers know no padded rows: they get the table without them.
+    loss, dx, dw = expected
+    valid = slice(arguments.vocab)
+    for name, measured, result in peers(hidden, table[valid], targets, arguments.calls):
+        report(name, entries, measured, result, (loss, dx, dw[valid]))
+
+
+if __name__ == "__main__":
+    main()
