@@ -37,7 +37,8 @@ from logit_store.reader import TargetsReader
 from logit_store.rows import TargetRows, decode_entries
 from logit_store.statistics import summary
 from schemas.manifest import Manifest
-from student_train.data import Batch, StoreSource, place
+from student_train.batch import Batch
+from student_train.data import StoreSource, place
 
 
 class Mapped:

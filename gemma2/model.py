@@ -63,6 +63,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((size,), param_dtype))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
@@ -83,6 +84,7 @@ class Linear(nnx.Module):
             scale * jax.random.normal(rngs.params(), (inputs, outputs), param_dtype)
         )
 
+    @jax.named_scope("linear")
     def __call__(self, x: Array, execution: Execution) -> Array:
         kernel = execution.placement.weight(self.name, self.kernel[...], x.dtype)
         kernel = checkpoint_name(kernel, "weight")
@@ -131,6 +133,7 @@ class MLP(nnx.Module):
         self.up = Linear("up", config.d_model, config.mlp_width, rngs, param_dtype)
         self.down = Linear("down", config.mlp_width, config.d_model, rngs, param_dtype)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Array, execution: Execution) -> Array:
         gate = jax.nn.gelu(self.gate(x, execution), approximate=True)
         return self.down(gate * self.up(x, execution), execution)
@@ -206,6 +209,7 @@ class Gemma2(nnx.Module):
         return self.final_norm(x)
 
 
+@jax.named_scope("rotary")
 def rotate(x: Array, base: float) -> Array:
     """Rotary positions, half-split form: (x1, x2) of [B, T, heads, h] by angle t / base^(2i/h)."""
     half = x.shape[-1] // 2

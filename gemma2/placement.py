@@ -127,6 +127,7 @@ class Placement:
         whole = P(*["model" if "model" in axes_of(where, d) else None for d in range(kernel.ndim)])
         return _gather(self._put, where, whole, jnp.dtype(dtype), kernel)
 
+    @jax.named_scope("attention")
     def attend(
         self, run: Callable[..., Array], query: Array, key: Array, value: Array, segments: Array
     ) -> Array:
@@ -143,6 +144,7 @@ class Placement:
             check_vma=False,
         )(query, key, value, segments)
 
+    @jax.named_scope("embedding")
     def embed(self, table: Array, tokens: Array, dtype: DTypeLike) -> Array:
         """The table's rows [B, T, D] of tokens [B, T], in `dtype`; gradients add up in float32."""
         look_up = _Embedding(jnp.dtype(dtype))

@@ -12,7 +12,7 @@ from logit_store.codec import entry_positions
 from logit_store.layout import predicted_mask
 from schemas.errors import AlignmentError
 from schemas.manifest import SamplerSpec
-from student_train.data import Batch
+from student_train.batch import Batch
 
 
 class NeighbourWeights(NamedTuple):

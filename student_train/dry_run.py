@@ -16,7 +16,8 @@ from logit_store.ledger import Ledger
 from schemas.accelerators import accelerator_of
 from schemas.base import Document
 from schemas.runs import TrainConfig
-from student_train.data import Batch, Source
+from student_train.batch import Batch
+from student_train.data import Source
 from student_train.step import State
 from student_train.throughput import NO_RATES, Work
 

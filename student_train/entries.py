@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("targets")
 def entry_positions(
     head_count: jax.Array, tail_count: jax.Array, block_tokens: int, slots: int
 ) -> jax.Array:

@@ -35,8 +35,9 @@ from schemas.model import ModelConfig
 from schemas.runs import TrainConfig
 from student_train import alignment, export, hosts, trackers
 from student_train import mesh as meshes
+from student_train.batch import Batch
 from student_train.checkpoint import CHECKPOINT_FOLDER, Checkpoints, RunIdentity, load_params
-from student_train.data import Batch, StoreSource, place, prefetch, row_order
+from student_train.data import StoreSource, place, prefetch, row_order
 from student_train.dry_run import DryRun, measure
 from student_train.evaluate import Evaluation, Evaluator, check_vocabulary
 from student_train.interrupt import Interrupt, watch

@@ -78,6 +78,7 @@ class Head(NamedTuple):
     """Inside shard_map: the mesh axes over which the rows are sharded."""
 
 
+@jax.named_scope("head")
 def sparse_target_loss(hidden: jax.Array, table: jax.Array, targets: Targets, head: Head) -> Losses:
     """Distillation and label losses of a batch, with gradients to `hidden` and `table`.
 

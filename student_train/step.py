@@ -25,7 +25,7 @@ from schemas.runs import TrainConfig
 from student_train import mesh as meshes
 from student_train import schedules
 from student_train.average import averaged
-from student_train.data import Batch
+from student_train.batch import Batch
 from student_train.entries import entry_positions
 from student_train.guard import Guard, judge, new_guard, norm_limit
 from student_train.loss import Head, Losses, Targets, sparse_target_loss

@@ -14,7 +14,8 @@ import numpy as np
 from schemas.errors import RetortError
 from schemas.runs import TrainConfig
 from student_train import hosts
-from student_train.data import Batch, StoreSource
+from student_train.batch import Batch
+from student_train.data import StoreSource
 from student_train.loop import train
 
 

@@ -20,7 +20,7 @@ from schemas.manifest import (
     identity,
 )
 from schemas.runs import OptimizerConfig, RateSchedule, TrainConfig
-from student_train.data import Batch
+from student_train.batch import Batch
 
 MODEL = {
     "vocab_size": 64,

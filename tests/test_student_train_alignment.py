@@ -9,7 +9,8 @@ from student_store import chain, make_store
 from schemas.errors import AlignmentError
 from schemas.manifest import SamplerSpec
 from student_train.alignment import ShardAlignment, check_alignment, neighbour_weights
-from student_train.data import Batch, StoreSource
+from student_train.batch import Batch
+from student_train.data import StoreSource
 
 ROWS = np.arange(12)
 

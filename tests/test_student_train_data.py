@@ -12,7 +12,8 @@ from student_store import ENTRIES, add_targets, make_rows, make_store, make_targ
 
 from logit_store.writer import TargetsWriter, plan_shards
 from schemas.errors import IncompleteStoreError, StoreNotFoundError
-from student_train.data import Batch, RowOrder, StoreSource, permuted, place, prefetch, row_order
+from student_train.batch import Batch
+from student_train.data import RowOrder, StoreSource, permuted, place, prefetch, row_order
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097, 65_537])

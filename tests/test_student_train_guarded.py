@@ -16,8 +16,9 @@ from schemas.model import ModelConfig
 from schemas.runs import RoutingConfig, TrainConfig
 from student_train import data
 from student_train import mesh as meshes
+from student_train.batch import Batch
 from student_train.checkpoint import Checkpoints
-from student_train.data import Batch, StoreSource, row_order
+from student_train.data import StoreSource, row_order
 from student_train.export import export
 from student_train.interrupt import TrainingInterrupted
 from student_train.loop import TrainEvent, TrainResult, train

@@ -9,7 +9,8 @@ import pytest
 import small_store
 
 from logit_store import reader
-from student_train.data import AHEAD, Batch, RowOrder, StoreSource, label_batch, prefetch, row_order
+from student_train.batch import Batch, label_batch
+from student_train.data import AHEAD, RowOrder, StoreSource, prefetch, row_order
 
 READ_S, STEP_S = 0.05, 0.02
 

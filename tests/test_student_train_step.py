@@ -19,7 +19,8 @@ from schemas.runs import MeshConfig, OptimizerConfig, RateSchedule, RoutingConfi
 from student_train import guard as guards
 from student_train import mesh as meshes
 from student_train.average import decay_at
-from student_train.data import Batch, StoreSource, place
+from student_train.batch import Batch
+from student_train.data import StoreSource, place
 from student_train.step import (
     State,
     abstract_state,
