@@ -129,7 +129,11 @@ class Setting:
         )
         self.mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
         self.kernel = attention.resolve(
-            options.attention, self.model, self.mesh.devices.flat[0], backward=True
+            options.attention,
+            self.model,
+            self.mesh.devices.flat[0],
+            dtype=options.dtype,
+            backward=True,
         )
         sampler = SamplerConfig(entries_per_token=entries)
         self.targets = TargetsManifest(
