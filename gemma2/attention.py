@@ -216,7 +216,7 @@ def _splash(largest_block: int, *device_kinds: str) -> Kernel:
 # In the order of preference.
 KERNELS: dict[str, Kernel] = {
     "flash": Kernel(
-        partial(flash.attention, in_xla=reference),
+        flash.attention,
         cap=True,
         window=True,
         segments=True,

@@ -4,17 +4,21 @@ The kernels are CuTe programs of the package fa4-jax. What is changed here: a so
 every score, so that e^score and sums of them fit float32 (and e^score bfloat16) without the row's
 maximum: no maximum, no rescaling, and tanh and exp are one pass over the registers. In the
 backward, gradients of queries are added to memory from registers, which frees the shared memory
-that a second stage of everything else needs. Imported only where the kernels run: the packages are
-those of the `gpu` extra.
+that a second stage of everything else needs. What a query sees is given by two arrays of bounds,
+for windows and packed documents alike: tiles that no query of theirs sees are never loaded, and
+only those at an edge are masked. Imported only where the kernels run: the packages are those of the
+`gpu` extra.
 """
 
 import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import cutlass
-from cutlass import Float32, const_expr, cute
+from cutlass import Float32, Int32, const_expr, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import warpgroup
 from fa4_jax.cute import utils
@@ -42,38 +46,153 @@ class Tiles(NamedTuple):
 
 # By head size. Larger tiles of keys spill registers or leave no room for two stages.
 BACKWARD_TILES = {256: Tiles(64, 64, 2, 1, False, 1), 128: Tiles(64, 128, 2, 2, True, 2)}
-QUERY_TILE = 128
+_FORWARD_KEYS = {256: 64, 128: 128}
+_FORWARD_QUERIES = 128
 
 
-def _key_tile(head_size: int, window: int | None) -> int:
-    """Keys of a forward tile."""
-    if head_size <= 128:
-        return 128
-    return 80 if window is None else 64
+@dataclass(frozen=True)
+class _Visible:
+    """Which keys a query sees, for loops over tiles and for masks; in place of fa4-jax's BlockInfo.
+
+    bounds int32 [B, 1 + 2T]: of a row its length T, each query's first key, and each key's last
+    query, none of which falls as the position grows. A query's last key is its own.
+    """
+
+    bounds: cute.Tensor
+    length: Int32
+    queries: cutlass.Constexpr[int]
+    keys: cutlass.Constexpr[int]
+    window_size_left: cutlass.Constexpr[None] = None  # the bounds know
+
+    def first_key(self, row: Int32, query: Int32) -> Int32:
+        return self.bounds[(row, 1 + cutlass.min(query, self.length - 1))]
+
+    def last_query(self, row: Int32, key: Int32) -> Int32:
+        return self.bounds[(row, 1 + self.length + cutlass.min(key, self.length - 1))]
+
+    def get_n_block_min_max(self, seqlen: Any, m_block: Int32) -> tuple[Int32, Int32]:
+        """Tiles of keys that one of queries sees: the first, and past the last."""
+        past = cutlass.min((m_block + 1) * self.queries, self.length)
+        first = self.first_key(_row(seqlen), m_block * self.queries)
+        return first // self.keys, cute.ceil_div(past, self.keys)
+
+    def get_n_block_min_causal_local_mask(self, _seqlen: Any, _m: Int32, first: Int32) -> Int32:
+        return first
+
+    def get_n_block_min_before_local_mask(self, _seqlen: Any, _m: Int32, first: Int32) -> Int32:
+        return first
+
+    def get_m_block_min_max(self, seqlen: Any, n_block: Int32) -> tuple[Int32, Int32]:
+        """Tiles of queries that see one of keys: the first, and past the last."""
+        last = self.last_query(_row(seqlen), (n_block + 1) * self.keys - 1)
+        return (n_block * self.keys) // self.queries, last // self.queries + 1
+
+    def has_edge(self, row: Int32, m_block: Int32, n_block: Int32) -> cutlass.Boolean:
+        """Whether some query of a tile does not see some key of another."""
+        query, key = m_block * self.queries, n_block * self.keys
+        is_future = key + (self.keys - 1) > query
+        return is_future | (key < self.first_key(row, query + (self.queries - 1)))
+
+    @cute.jit
+    def mask(self, scores, row, m_block, n_block, thread, is_swapped: cutlass.Constexpr):
+        """Scores of keys that their query does not see become -inf.
+
+        is_swapped: the rows of the product are keys.
+        """
+        shape = (self.queries, self.keys)
+        at = cute.make_identity_tensor(shape[::-1] if is_swapped else shape)
+        scores = layout_utils.reshape_acc_to_mn(scores, transpose=is_swapped)
+        own = layout_utils.reshape_acc_to_mn(thread.partition_C(at), transpose=is_swapped)
+        # Of thread 0, whose places are known when this is compiled.
+        known = layout_utils.reshape_acc_to_mn(
+            thread.get_slice(0).partition_C(at), transpose=is_swapped
+        )
+        query, key, shift = m_block * self.queries, n_block * self.keys, own[0, 0][1]
+        if const_expr(not is_swapped):
+            for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+                own_query = query + own[r, 0][0]
+                first = self.first_key(row, own_query) - key - shift
+                last = own_query - key - shift
+                for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                    place = known[0, c][1]
+                    is_hidden = (place < first) | (place > last)
+                    scores[r, c] = -Float32.inf if is_hidden else scores[r, c]
+        else:
+            for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                own_key = key + own[0, c][0]
+                first = own_key - query - shift
+                last = self.last_query(row, own_key) - query - shift
+                for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+                    place = known[r, 0][1]
+                    is_hidden = (place < first) | (place > last)
+                    scores[r, c] = -Float32.inf if is_hidden else scores[r, c]
 
 
-class CappedForward(FlashAttentionForwardSm90):
+def _row(seqlen: Any) -> Int32:
+    """The row of the batch that a kernel is at: in a field that serves nothing else here."""
+    return seqlen.m_block_offset
+
+
+class _Bounded:
+    """Gives a kernel of fa4-jax the bounds in place of its own rules.
+
+    They come in the argument for used lengths, of which only a row's first number is one.
+    """
+
+    _lengths: str
+    """The keyword under which the kernel has them."""
+    tile_m: int
+    tile_n: int
+
+    def _with_bounds(self, method: Callable[..., Any], args: Any, options: Any) -> Any:
+        bound = inspect.signature(method).bind(self, *args, **options)
+        seqlens = bound.arguments["SeqlenInfoCls"]
+        self._visible = _Visible(
+            seqlens.keywords[self._lengths],
+            seqlens.keywords["seqlen_k_static"],
+            self.tile_m,
+            self.tile_n,
+        )
+
+        def of_row(row: Int32) -> Any:
+            return replace(seqlens(row), m_block_offset=row)
+
+        bound.arguments.update(block_info=self._visible, SeqlenInfoCls=of_row)
+        self._given = bound.arguments
+        return method(*bound.args, **bound.kwargs)
+
+
+class CappedForward(_Bounded, FlashAttentionForwardSm90):
     """Scores become e^(c·tanh(score / c)) as they are; rows are divided by their sum at the end."""
+
+    _lengths = "mSeqUsedK"
 
     def __init__(self, *args: Any, cap: float, **options: Any):
         super().__init__(*args, **options)
         self.cap = cap
+
+    def load(self, *args: Any, **options: Any) -> Any:
+        return self._with_bounds(FlashAttentionForwardSm90.load, args, options)
+
+    def mma(self, *args: Any, **options: Any) -> Any:
+        return self._with_bounds(FlashAttentionForwardSm90.mma, args, options)
 
     @cute.jit
     def _weights(
         self,
         acc_S,
         softmax,
-        mask_fn,
+        where: cutlass.Constexpr,
         n_block,
+        is_edge,
         is_first: cutlass.Constexpr,
     ):
         acc_S.store(cute.math.tanh(acc_S.load() * (1.0 / self.cap), fastmath=True))
         # After tanh, which would make -inf finite.
-        if const_expr(is_first):
-            mask_fn(acc_S, n_block=n_block, mask_seqlen=True)
-        else:
-            mask_fn(acc_S, n_block=n_block)
+        if is_edge:
+            self._visible.mask(
+                acc_S, where["batch_idx"], where["m_block"], n_block, where["thr_mma"], False
+            )
         rows = layout_utils.reshape_acc_to_mn(acc_S)
         for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
             weights = cute.math.exp2(rows[r, None].load() * (self.cap * _LOG2_E), fastmath=True)
@@ -101,10 +220,12 @@ class CappedForward(FlashAttentionForwardSm90):
         score_mod_fn=None,
         is_first_block=False,
     ):
+        where = mask_fn.keywords
+        is_edge = self._visible.has_edge(where["batch_idx"], where["m_block"], n_block)
         pipeline_k.consumer_wait(kv_consumer_state, pipeline_k.consumer_try_wait(kv_consumer_state))
         acc_S = mma_qk_fn(B_idx=kv_consumer_state.index, wg_wait=0)
         pipeline_k.consumer_release(kv_consumer_state)
-        self._weights(acc_S, softmax, mask_fn, n_block, True)
+        self._weights(acc_S, softmax, where, n_block, is_edge, True)
         utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
         return kv_consumer_state
 
@@ -144,17 +265,19 @@ class CappedForward(FlashAttentionForwardSm90):
         mask_fn=None,
         check_inf=True,
     ):
+        where = mask_fn.keywords
         smem_pipe_read_v = smem_pipe_read.clone()
         smem_pipe_read.advance()
         pipeline_k.consumer_wait(smem_pipe_read, pipeline_k.consumer_try_wait(smem_pipe_read))
         self.warp_scheduler_barrier_sync()
         acc_S = mma_qk_fn(B_idx=smem_pipe_read.index, wg_wait=-1)
+        is_edge = self._visible.has_edge(where["batch_idx"], where["m_block"], n_block)
         pipeline_v.consumer_wait(smem_pipe_read_v, pipeline_v.consumer_try_wait(smem_pipe_read_v))
         mma_pv_fn(B_idx=smem_pipe_read_v.index, wg_wait=-1)
         self.warp_scheduler_barrier_arrive()
         warpgroup.wait_group(1)
         pipeline_k.consumer_release(smem_pipe_read)
-        self._weights(acc_S, softmax, mask_fn, n_block, False)
+        self._weights(acc_S, softmax, where, n_block, is_edge, False)
         warpgroup.wait_group(0)
         pipeline_v.consumer_release(smem_pipe_read_v)
         utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
@@ -178,8 +301,10 @@ def _add_to_memory(pointer, values):
     )
 
 
-class CappedBackward(FlashAttentionBackwardSm90):
+class CappedBackward(_Bounded, FlashAttentionBackwardSm90):
     """With t = tanh(score / c): P = e^(c·t - lse), dS = P (dP - rowsum(P dP)) (1 - t²)."""
+
+    _lengths = "mSeqUsedQ"
 
     def __init__(self, *args: Any, cap: float, **options: Any):
         super().__init__(*args, **options)
@@ -206,13 +331,11 @@ class CappedBackward(FlashAttentionBackwardSm90):
     ):
         pass
 
+    def load(self, *args: Any, **options: Any) -> Any:
+        return self._with_bounds(FlashAttentionBackwardSm90.load, args, options)
+
     def mma(self, *args: Any, **options: Any) -> Any:
-        """As the parent's; what only it is given is kept for `mma_one_m_block`."""
-        parent = FlashAttentionBackwardSm90.mma
-        given = inspect.signature(parent).bind(self, *args, **options).arguments
-        self._query_gradient = given["mdQaccum"]
-        self._copy = given["r2s_tiled_copy_dQaccum"].get_slice(given["tidx"])
-        return parent(self, *args, **options)
+        return self._with_bounds(FlashAttentionBackwardSm90.mma, args, options)
 
     @cute.jit
     def mma_one_m_block(
@@ -241,10 +364,12 @@ class CappedBackward(FlashAttentionBackwardSm90):
         score_mod_bwd_fn=None,
         dKV_accumulate=True,
     ):
+        where = mask_fn.keywords
         stage = consumer_state_Q.index
         score_stage = stage if const_expr(self.PdS_stage > 1) else 0
         pipeline_Q.consumer_wait(consumer_state_Q, pipeline_Q.consumer_try_wait(consumer_state_Q))
         acc_S = mma_qk_fn(A_idx=stage, wg_wait=-1)
+        is_edge = self._visible.has_edge(where["batch_idx"], m_block, where["n_block"])
         log_sum = copy_utils.load_s2r(tLSEsLSE[None, stage])
         pipeline_dO.consumer_wait(consumer_state_Q, pipeline_dO.consumer_try_wait(consumer_state_Q))
         acc_dP = mma_dov_fn(A_idx=stage, wg_wait=1)
@@ -254,7 +379,15 @@ class CappedBackward(FlashAttentionBackwardSm90):
         # Before the mask, whose -inf would give 0 · inf.
         slope.store(1.0 - ratio * ratio)
         acc_S.store(ratio)
-        mask_fn(acc_S, m_block=m_block)
+        if is_edge:
+            self._visible.mask(
+                acc_S,
+                where["batch_idx"],
+                m_block,
+                where["n_block"],
+                where["thr_mma"],
+                self.SdP_swapAB,
+            )
         rows = layout_utils.reshape_acc_to_mn(acc_S, transpose=self.SdP_swapAB)
         lane = cute.arch.lane_idx()
         for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
@@ -295,7 +428,7 @@ class CappedBackward(FlashAttentionBackwardSm90):
             mma_dsq_fn(A_idx=score_stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=1)
         else:
             mma_dsq_fn(tCrA=gradients, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=1)
-        self._add_query_gradient(acc_dQ, m_block, score_mod_fn.keywords)
+        self._add_query_gradient(acc_dQ, m_block, where)
         warpgroup.wait_group(0)
         pipeline_Q.consumer_release(consumer_state_Q)
         consumer_state_Q.advance()
@@ -305,14 +438,15 @@ class CappedBackward(FlashAttentionBackwardSm90):
     @cute.jit
     def _add_query_gradient(self, acc_dQ, m_block, where: cutlass.Constexpr):
         """Where the parent's staging would put them, which the conversion afterwards expects."""
-        first = where["seqlen_info"].padded_offset_q + m_block * self.tile_m
         tile = cute.domain_offset(
-            (first * self.tile_hdim,), self._query_gradient[None, where["head_idx"]]
+            (m_block * (self.tile_m * self.tile_hdim),),
+            self._given["mdQaccum"][None, where["head_idx"], where["batch_idx"]],
         )
         whole = cute.make_tensor(
             tile.iterator.align(16), cute.make_layout(self._query_gradient_shape())
         )
-        target = self._copy.partition_D(whole)
+        copy = self._given["r2s_tiled_copy_dQaccum"].get_slice(self._given["tidx"])
+        target = copy.partition_D(whole)
         source = cute.make_tensor(acc_dQ.iterator, cute.make_layout(target.shape))
         target = cute.group_modes(target, 1, cute.rank(target))
         source = cute.group_modes(source, 1, cute.rank(source))
@@ -321,19 +455,19 @@ class CappedBackward(FlashAttentionBackwardSm90):
 
 
 @cache
-def forward(head_size: int, groups: int, cap: float, window: int | None) -> CappedForward:
-    """Heads of a size, `groups` of which share a key's; documents packed in rows."""
+def forward(head_size: int, groups: int, cap: float) -> CappedForward:
+    """For heads of a size, `groups` of which share a key's."""
     return CappedForward(
         _DTYPE,
         head_size,
         head_size,
         groups,
         cap=cap,
-        is_causal=window is None,
-        is_local=window is not None,
+        is_causal=True,
+        is_local=False,
         pack_gqa=False,
-        tile_m=QUERY_TILE,
-        tile_n=_key_tile(head_size, window),
+        tile_m=_FORWARD_QUERIES,
+        tile_n=_FORWARD_KEYS[head_size],
         num_stages=2,
         num_threads=_THREADS,
         Q_in_regs=False,
@@ -344,7 +478,7 @@ def forward(head_size: int, groups: int, cap: float, window: int | None) -> Capp
 
 
 @cache
-def backward(head_size: int, groups: int, cap: float, window: int | None) -> CappedBackward:
+def backward(head_size: int, groups: int, cap: float) -> CappedBackward:
     """As `forward`; into float32, which `convert` rounds."""
     tiles = BACKWARD_TILES[head_size]
     return CappedBackward(
@@ -353,8 +487,8 @@ def backward(head_size: int, groups: int, cap: float, window: int | None) -> Cap
         head_size,
         groups,
         cap=cap,
-        is_causal=window is None,
-        is_local=window is not None,
+        is_causal=True,
+        is_local=False,
         deterministic=False,
         tile_m=tiles.queries,
         tile_n=tiles.keys,
@@ -396,61 +530,18 @@ def convert(head_size: int, of_keys: bool) -> FlashAttentionBackwardPostprocess:
     )
 
 
-def window_bounds(window: int | None) -> tuple[Any, Any]:
-    """Keys to the left and right of a query, without its own."""
-    if window is None:
-        return None, None
-    return cutlass.Int32(window - 1), cutlass.Int32(0)
-
-
 @cute.jit
-def run_forward(
-    stream,
-    query,
-    key,
-    value,
-    starts,
-    out,
-    log_sum,
-    kernel: cutlass.Constexpr,
-    window: cutlass.Constexpr,
-):
-    left, right = window_bounds(window)
-    kernel(
-        query,
-        key,
-        value,
-        out,
-        log_sum,
-        Float32(1.0),
-        mCuSeqlensQ=starts,
-        mCuSeqlensK=starts,
-        mSeqUsedQ=None,
-        mSeqUsedK=None,
-        window_size_left=left,
-        window_size_right=right,
-        stream=stream,
-    )
+def run_forward(stream, query, key, value, bounds, out, log_sum, kernel: cutlass.Constexpr):
+    kernel(query, key, value, out, log_sum, Float32(1.0), mSeqUsedK=bounds, stream=stream)
 
 
 @cute.jit
 def run_prepare(
-    stream, out, gradient, log_sum, starts, product_sum, log2_sum, zeros, kernel: cutlass.Constexpr
+    stream, out, gradient, log_sum, product_sum, log2_sum, zeros, kernel: cutlass.Constexpr
 ):
+    unused = [None] * 5
     kernel(
-        out,
-        gradient,
-        product_sum,
-        log_sum,
-        log2_sum,
-        zeros,
-        starts,
-        None,
-        None,
-        None,
-        None,
-        Float32(1.0),
-        stream=stream,
+        out, gradient, product_sum, log_sum, log2_sum, zeros, *unused, Float32(1.0), stream=stream
     )
 
 
@@ -466,14 +557,12 @@ def run_backward(
     _query_zeros,
     _key_zeros,
     _value_zeros,
-    starts,
+    bounds,
     query_sums,
     key_sums,
     value_sums,
     kernel: cutlass.Constexpr,
-    window: cutlass.Constexpr,
 ):
-    left, right = window_bounds(window)
     kernel(
         query,
         key,
@@ -485,16 +574,11 @@ def run_backward(
         key_sums,
         value_sums,
         Float32(1.0),
-        starts,
-        starts,
-        None,
-        None,
-        window_size_left=left,
-        window_size_right=right,
+        mSeqUsedQ=bounds,
         stream=stream,
     )
 
 
 @cute.jit
-def run_convert(stream, sums, starts, out, kernel: cutlass.Constexpr):
-    kernel(sums, out, Float32(1.0), starts, None, None, stream=stream)
+def run_convert(stream, sums, out, kernel: cutlass.Constexpr):
+    kernel(sums, out, Float32(1.0), None, None, None, stream=stream)

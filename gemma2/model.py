@@ -50,6 +50,9 @@ class Execution(NamedTuple):
     attention: str = "auto"
     """The kernel's name."""
     placement: Placement = ALONE
+    is_unrolled: bool = False
+    """Layer after layer in one program instead of a loop: nothing is copied into stacks of what
+    the backward needs, and compiling takes longer the more layers there are."""
 
 
 # So few are not worth a loop, in which XLA on CPU does less in parallel.
@@ -203,9 +206,10 @@ class Gemma2(nnx.Module):
         def body(x: Array, pair: Any) -> tuple[Array, None]:
             return nnx.merge(definition, pair)(x, segment_ids, execution), None
 
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-        pairs = self.config.num_layers // 2
-        x, _ = jax.lax.scan(body, x, stacked, unroll=pairs <= _UNROLLED_PAIRS)
+        # Outside a loop what is to be computed again would be found to be there already.
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=execution.is_unrolled)
+        is_short = self.config.num_layers // 2 <= _UNROLLED_PAIRS
+        x, _ = jax.lax.scan(body, x, stacked, unroll=execution.is_unrolled or is_short)
         return self.final_norm(x)
 
 

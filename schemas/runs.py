@@ -265,6 +265,11 @@ class TrainConfig(Document):
         "linear layers' and the attention's outputs (dots); all but the attention's (attention); "
         "full.",
     )
+    unroll_layers: bool | None = Field(
+        None,
+        description="Layer after layer instead of a loop over them: faster steps, slower to "
+        "compile. None: on a GPU.",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = Field(
         None,

@@ -219,7 +219,7 @@ def make_objective(
             jnp.asarray(batch.segment_ids),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            execution=Execution(kernel, Placement(mesh)),
+            execution=Execution(kernel, Placement(mesh), is_unrolled(config, device)),
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         weight = predicted(jnp.asarray(batch.segment_ids)).astype(jnp.float32)
@@ -253,6 +253,12 @@ def make_objective(
         return means.loss, means
 
     return objective
+
+
+def is_unrolled(config: TrainConfig, device: Any) -> bool:
+    """Whether the layers are laid out one after the other, on a kind of device."""
+    asked = config.unroll_layers
+    return device.platform == "gpu" if asked is None else asked
 
 
 def is_routed(config: TrainConfig, teacher_entropy: jax.Array) -> jax.Array:
