@@ -6,6 +6,7 @@ changes from run to run: two runs differ in the last bits of a gradient.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -62,13 +63,37 @@ class _Residuals(NamedTuple):
     log_sum: Array  # float32 [B, H, T], logarithm of each query's sum of weights
 
 
+class _NoServer:
+    """Stands where cutejax would share compiled kernels between machines."""
+
+    def hgetall(self, *_: Any) -> dict[bytes, bytes]:
+        return {}
+
+    def hset(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _cutejax() -> Any:
+    """The package, which keeps compiled kernels where JAX keeps compiled programs, if it does."""
+    import cutejax
+
+    folder: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if folder and "://" not in folder:
+        cutejax.configure_cache(
+            url="none",
+            client_factory=_NoServer,
+            hmac_key="of no use without a server",
+            spool_dir=str(Path(folder) / "kernels"),
+        )
+    return cutejax
+
+
 def _forward(
     cap: float, query: Array, key: Array, value: Array, bounds: Array
 ) -> tuple[Array, _Residuals]:
-    import cutejax
-
     from gemma2 import flash_kernels as kernels
 
+    cutejax = _cutejax()
     batch, length, heads, size = query.shape
     heads_spec = cutejax.ArraySpec(static_dims=(2, 3))
     out, log_sum = cutejax.call(
@@ -92,10 +117,9 @@ def _forward(
 
 
 def _backward(cap: float, kept: _Residuals, gradient: Array) -> tuple[Any, ...]:
-    import cutejax
-
     from gemma2 import flash_kernels as kernels
 
+    cutejax = _cutejax()
     batch, length, heads, size = kept.query.shape
     kv_heads = kept.key.shape[2]
     tiles = kernels.BACKWARD_TILES[size]

@@ -38,14 +38,13 @@ class Tiles(NamedTuple):
 
     queries: int
     keys: int
-    stages: int
-    score_stages: int
     swap_scores: bool
     key_groups: int
 
 
-# By head size. Larger tiles of keys spill registers or leave no room for two stages.
-BACKWARD_TILES = {256: Tiles(64, 64, 2, 1, False, 1), 128: Tiles(64, 128, 2, 2, True, 2)}
+# By head size. Larger tiles of keys spill registers or leave no room for two stages of everything.
+BACKWARD_TILES = {256: Tiles(64, 64, False, 1), 128: Tiles(64, 128, True, 2)}
+_STAGES = 2
 _FORWARD_KEYS = {256: 64, 128: 128}
 _FORWARD_QUERIES = 128
 
@@ -88,10 +87,16 @@ class _Visible:
         return (n_block * self.keys) // self.queries, last // self.queries + 1
 
     def has_edge(self, row: Int32, m_block: Int32, n_block: Int32) -> cutlass.Boolean:
-        """Whether some query of a tile does not see some key of another."""
+        """Whether some query of a tile does not see some key of another; for a loop over keys."""
         query, key = m_block * self.queries, n_block * self.keys
         is_future = key + (self.keys - 1) > query
         return is_future | (key < self.first_key(row, query + (self.queries - 1)))
+
+    def has_edge_of_key(self, row: Int32, m_block: Int32, n_block: Int32) -> cutlass.Boolean:
+        """The same for a loop over queries: what is read is the same in all of it."""
+        query, key = m_block * self.queries, n_block * self.keys
+        is_future = key + (self.keys - 1) > query
+        return is_future | (query + (self.queries - 1) > self.last_query(row, key))
 
     @cute.jit
     def mask(self, scores, row, m_block, n_block, thread, is_swapped: cutlass.Constexpr):
@@ -366,10 +371,9 @@ class CappedBackward(_Bounded, FlashAttentionBackwardSm90):
     ):
         where = mask_fn.keywords
         stage = consumer_state_Q.index
-        score_stage = stage if const_expr(self.PdS_stage > 1) else 0
         pipeline_Q.consumer_wait(consumer_state_Q, pipeline_Q.consumer_try_wait(consumer_state_Q))
         acc_S = mma_qk_fn(A_idx=stage, wg_wait=-1)
-        is_edge = self._visible.has_edge(where["batch_idx"], m_block, where["n_block"])
+        is_edge = self._visible.has_edge_of_key(where["batch_idx"], m_block, where["n_block"])
         log_sum = copy_utils.load_s2r(tLSEsLSE[None, stage])
         pipeline_dO.consumer_wait(consumer_state_Q, pipeline_dO.consumer_try_wait(consumer_state_Q))
         acc_dP = mma_dov_fn(A_idx=stage, wg_wait=1)
@@ -399,9 +403,7 @@ class CappedBackward(_Bounded, FlashAttentionBackwardSm90):
         product_sum = copy_utils.load_s2r(tLSEsdPsum[None, stage])
         weights = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
         if const_expr(not self.mma_dkv_is_rs):
-            if const_expr(self.PdS_stage == 1):
-                PdS_barrier.arrive_and_wait()  # until the last block's have been read
-            copy_P_r2s(weights, dst_idx=score_stage)
+            copy_P_r2s(weights, dst_idx=stage)
         acc_S.store(acc_S.load() * slope.load())
 
         warpgroup.wait_group(0)
@@ -411,24 +413,23 @@ class CappedBackward(_Bounded, FlashAttentionBackwardSm90):
             for c in cutlass.range(cute.size(gradient_rows, mode=[1]), unroll_full=True):
                 gradient_rows[r, c] = rows[r, c] * (gradient_rows[r, c] - row_product_sum)
         gradients = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
-        if const_expr(not self.mma_dkv_is_rs or self.PdS_stage == 1):
-            cute.arch.fence_view_async_shared()
-            PdS_barrier.arrive_and_wait()
-        copy_dS_r2s(gradients, dst_idx=score_stage)
-        if const_expr(not self.mma_dkv_is_rs):
-            mma_pdo_fn(A_idx=score_stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=-1)
-        else:
-            mma_pdo_fn(tCrA=weights, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=-1)
+        copy_dS_r2s(gradients, dst_idx=stage)
+        # One barrier for both: what the last block but one read here has been read, as every group
+        # waits for its products before it comes to the next barrier.
         cute.arch.fence_view_async_shared()
         PdS_barrier.arrive_and_wait()
 
-        acc_dQ = mma_dsk_fn(A_idx=score_stage, wg_wait=1)
-        pipeline_dO.consumer_release(consumer_state_Q)
+        # That of the queries comes first: it is added to memory while the others are computed.
+        acc_dQ = mma_dsk_fn(A_idx=stage, wg_wait=-1)
         if const_expr(not self.mma_dkv_is_rs):
-            mma_dsq_fn(A_idx=score_stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=1)
+            mma_pdo_fn(A_idx=stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=-1)
+            mma_dsq_fn(A_idx=stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=2)
         else:
-            mma_dsq_fn(tCrA=gradients, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=1)
+            mma_pdo_fn(tCrA=weights, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=-1)
+            mma_dsq_fn(tCrA=gradients, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=2)
         self._add_query_gradient(acc_dQ, m_block, where)
+        warpgroup.wait_group(1)
+        pipeline_dO.consumer_release(consumer_state_Q)
         warpgroup.wait_group(0)
         pipeline_Q.consumer_release(consumer_state_Q)
         consumer_state_Q.advance()
@@ -468,7 +469,7 @@ def forward(head_size: int, groups: int, cap: float) -> CappedForward:
         pack_gqa=False,
         tile_m=_FORWARD_QUERIES,
         tile_n=_FORWARD_KEYS[head_size],
-        num_stages=2,
+        num_stages=_STAGES,
         num_threads=_THREADS,
         Q_in_regs=False,
         intra_wg_overlap=True,
@@ -492,9 +493,9 @@ def backward(head_size: int, groups: int, cap: float) -> CappedBackward:
         deterministic=False,
         tile_m=tiles.queries,
         tile_n=tiles.keys,
-        Q_stage=tiles.stages,
-        dO_stage=tiles.stages,
-        PdS_stage=tiles.score_stages,
+        Q_stage=_STAGES,
+        dO_stage=_STAGES,
+        PdS_stage=_STAGES,
         SdP_swapAB=tiles.swap_scores,
         dKV_swapAB=False,
         dQ_swapAB=False,
@@ -515,18 +516,18 @@ def prepare(head_size: int) -> FlashAttentionBackwardPreprocess:
     )
 
 
-@cache
 def convert(head_size: int, of_keys: bool) -> FlashAttentionBackwardPostprocess:
     """float32 sums in the backward's order to bfloat16 in the arrays'."""
     tiles = BACKWARD_TILES[head_size]
+    if of_keys:
+        return _convert(head_size, tiles.keys, tiles.key_groups)
+    return _convert(head_size, tiles.queries, 1)
+
+
+@cache
+def _convert(head_size: int, tile: int, groups: int) -> FlashAttentionBackwardPostprocess:
     return FlashAttentionBackwardPostprocess(
-        _DTYPE,
-        head_size,
-        90,
-        tiles.keys if of_keys else tiles.queries,
-        _THREADS - 128,
-        tiles.key_groups if of_keys else 1,
-        False,
+        _DTYPE, head_size, 90, tile, _THREADS - 128, groups, False
     )
 
 

@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from schemas.runs import OptimizerConfig
 from student_train.schedules import learning_rate
+
+_EPSILON = 1e-8
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
@@ -17,7 +20,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=_EPSILON),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         _scale_by_rate(config, steps),
     )
@@ -36,6 +39,28 @@ def _scale_by_rate(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return jax.tree.map(lambda update: -rate * update, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def last_update_norm(
+    config: OptimizerConfig, steps: int, state: Any, params: Any, step: Any
+) -> jax.Array:
+    """float32 [], norm of what an update added, from the state and the parameters it left.
+
+    With the moments' direction d, rate r and decay w it added u = -r (d + w p) to parameters p,
+    now p + u: so u = -r (d + w (p + u)) / (1 - r w). Nothing has to be kept of the update.
+    """
+    adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
+    rate = learning_rate(config, steps, step)
+    count = adam.count.astype(jnp.float32)
+    first, second = (1 - beta**count for beta in (config.beta1, config.beta2))
+
+    def square(mean: Any, variance: Any, param: Any, decays: bool) -> jax.Array:
+        decay = config.weight_decay if decays else 0.0
+        direction = mean / first / (jnp.sqrt(variance / second) + _EPSILON)
+        return jnp.sum(jnp.square(rate * (direction + decay * param) / (1 - rate * decay)))
+
+    squares = jax.tree.map(square, adam.mu, adam.nu, params, decayed(params))
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def decayed(params: Any) -> Any:

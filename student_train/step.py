@@ -29,7 +29,7 @@ from student_train.batch import Batch
 from student_train.entries import entry_positions
 from student_train.guard import Guard, judge, new_guard, norm_limit
 from student_train.loss import Head, Losses, Targets, sparse_target_loss
-from student_train.optimizer import make_optimizer
+from student_train.optimizer import last_update_norm, make_optimizer
 
 
 class State(NamedTuple):
@@ -83,9 +83,9 @@ class StepMetrics(NamedTuple):
     grad_norm_limit: jax.Array
     """Above this the step is skipped; infinite while too little is known."""
     param_norm: jax.Array
-    """After the step."""
+    """After the step; not a number if the step is none that is reported."""
     update_norm: jax.Array
-    """Of what was added to the parameters; 0 if the step was skipped."""
+    """Of what was added to the parameters, 0 if the step was skipped; the same holds."""
     bad_in_a_row: jax.Array
     """Steps skipped since the last good one, this one included: 0 if it was good."""
 
@@ -352,6 +352,17 @@ def make_train_step(
         ema = state.ema
         if config.ema_decay is not None:
             ema = if_good(averaged(ema, params, config.ema_decay, state.step), ema)
+        opt_state = if_good(opt_state, state.opt_state)
+        # Either norm reads all parameters once more: a hundredth of a step.
+        done = state.step + 1
+        param_norm, update_norm = jax.lax.cond(
+            (done % config.log_every == 0) | (done == config.steps),
+            lambda: (
+                optax.global_norm(params),
+                last_update_norm(config.optimizer, config.steps, opt_state, params, state.step),
+            ),
+            lambda: (jnp.full((), jnp.nan), jnp.full((), jnp.nan)),
+        )
         metrics = StepMetrics(
             **means._asdict(),
             kl=means.kd - means.teacher_entropy,
@@ -359,11 +370,10 @@ def make_train_step(
             learning_rate=schedules.learning_rate(config.optimizer, config.steps, state.step),
             grad_norm=grad_norm,
             grad_norm_limit=limit,
-            param_norm=optax.global_norm(params),
-            update_norm=jnp.where(is_good, optax.global_norm(updates), 0.0),
+            param_norm=param_norm,
+            update_norm=jnp.where(is_good, update_norm, 0.0),
             bad_in_a_row=guard.bad_in_a_row.astype(jnp.float32),
         )
-        opt_state = if_good(opt_state, state.opt_state)
         return State(params, opt_state, state.step + 1, guard, ema), metrics
 
     return jax.jit(

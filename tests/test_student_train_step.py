@@ -178,10 +178,11 @@ def test_sure_positions_learn_from_their_labels_alone(source: StoreSource) -> No
 
 
 @functools.cache
-def train_step(source: StoreSource) -> tuple[Any, Any]:
+def train_step(source: StoreSource, log_every: int, steps: int) -> tuple[Any, Any]:
+    config = CONFIG.model_copy(update={"log_every": log_every, "steps": steps})
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     head = make_head(MODEL, VOCAB, source.targets_manifest, 64)
-    return mesh, make_train_step(MODEL, CONFIG, head, mesh)
+    return mesh, make_train_step(MODEL, config, head, mesh)
 
 
 @functools.cache
@@ -190,9 +191,16 @@ def first_state() -> State:
     return jax.device_get(jax.jit(functools.partial(make_state, MODEL, CONFIG))(jax.random.key(0)))
 
 
-def run(source: StoreSource, batches: list[Batch], state: State | None = None) -> Any:
+def run(
+    source: StoreSource,
+    batches: list[Batch],
+    state: State | None = None,
+    *,
+    log_every: int = 1,
+    steps: int = CONFIG.steps,
+) -> Any:
     """(states after each step, metrics of each), on the host."""
-    mesh, step = train_step(source)
+    mesh, step = train_step(source, log_every, steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(MODEL, CONFIG, mesh))
     if state is None:
         state = first_state()
@@ -280,6 +288,12 @@ def test_norms_are_those_of_what_they_name(source: StoreSource) -> None:
     assert float(metrics[1].param_norm) == pytest.approx(norm(after.params), rel=1e-5)
     moved = jax.tree.map(np.subtract, after.params, before.params)
     assert float(metrics[1].update_norm) == pytest.approx(norm(moved), rel=1e-3)
+
+
+def test_norms_of_parameters_are_those_of_reported_steps_alone(source: StoreSource) -> None:
+    _, metrics = run(source, [source.read(np.arange(8))] * 3, log_every=2, steps=3)
+    for name in ("param_norm", "update_norm"):
+        assert [np.isfinite(getattr(m, name)) for m in metrics] == [False, True, True]
 
 
 def judged(norms: list[float], spike_factor: float | None) -> tuple[list[bool], guards.Guard]:
