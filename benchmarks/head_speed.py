@@ -7,14 +7,19 @@ each end before the next begins. `extra` is what the compiled function needs bes
 gradients included: the table's is float32 [V, D]. The errors are relative norms of the difference
 from a dense float32 computation on the rounded table. Peers in PyTorch run if it is installed;
 given a bfloat16 table they return its gradient in bfloat16.
+
+`--trials` first times the fused kernel alone (G and Σ exp of one chunk) beside XLA's product of the
+same size, cut in several ways, and then uses the fastest. `{"cluster": 2}` and the like, fields of
+`head_hopper.Tiles`, are tried instead if given.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from student_train import head_hopper
+from student_train.head_hopper import Tiles
 from student_train.loss import Head, Targets, sparse_target_loss
 
 CAP = 30.0
@@ -31,6 +38,17 @@ ALPHA = 0.9
 # Standard deviation of Gaussian scores over V ids with entropy ln V - sd^2 / 2 = 3.5 nats.
 SPREAD = 4.2
 GIB = 2**30
+TRIALS = (
+    Tiles(),
+    Tiles(stagger=True),
+    Tiles(cluster=2),
+    Tiles(cluster=2, stagger=True),
+    Tiles(cluster=2, walk=8),
+    Tiles(by_rows=False),
+    Tiles(cluster=2, by_rows=False, stagger=True),
+    Tiles(rows=256, columns=128, stagger=True),
+    Tiles(cluster=2, stagger=True, fast_tanh=True),
+)
 
 
 def milliseconds(run: Callable[[], Any], finish: Callable[[Any], Any], calls: int) -> float:
@@ -172,7 +190,7 @@ def retort(
 
     compiled = both.lower(hidden[None], table, targets).compile()
     if hlo:
-        with open(f"{hlo}.{head.chunk_tokens}.txt", "w") as file:
+        with open(f"{hlo}.{head.kernel}.{head.chunk_tokens}.txt", "w") as file:
             file.write(compiled.as_text())
     memory = compiled.memory_analysis()
     found = milliseconds(
@@ -184,6 +202,58 @@ def retort(
         "temp_gib": round(memory.temp_size_in_bytes / GIB, 2),
     }
     return measured, compiled(hidden[None], table, targets)
+
+
+def in_a_row(run: Callable[[], Any], calls: int, count: int = 4) -> float:
+    """Milliseconds of one of `count` runs that wait for nothing in between."""
+
+    def several() -> Any:
+        # Results are dropped at once, so that only a few exist.
+        for _ in range(count - 1):
+            run()
+        return run()
+
+    return milliseconds(several, jax.block_until_ready, calls) / count
+
+
+def trials(
+    hidden: jax.Array, table: jax.Array, valid: int, tries: Iterable[Tiles], calls: int
+) -> Iterator[tuple[Tiles | None, dict[str, Any]]]:
+    """(tiles, or None of XLA's product, measured) for the scores of the rows of `hidden`."""
+    table = table.astype(jnp.bfloat16)
+    operations = 2 * hidden.shape[0] * hidden.shape[1] * table.shape[0]
+
+    def timed(run: Callable[..., Any]) -> dict[str, Any]:
+        found = in_a_row(lambda: run(hidden, table), calls)
+        return {"ms": round(found, 3), "tflops": round(operations / found / 1e9, 1)}
+
+    yield None, timed(jax.jit(lambda hidden, table: hidden @ table.T))
+
+    @jax.jit
+    def wanted(hidden: jax.Array, table: jax.Array) -> Any:
+        logits = jnp.einsum("cd,vd->cv", hidden, table, preferred_element_type=jnp.float32)
+        ratio = jnp.tanh(logits / CAP)
+        known = jnp.arange(len(table)) < valid
+        exponential = jnp.where(known[None], jnp.exp(CAP * ratio), 0.0)
+        return (1 - ratio * ratio) * exponential, jnp.sum(exponential, axis=1)
+
+    @jax.jit
+    def apart(actual: Any, expected: Any) -> Any:
+        largest = jnp.max(jnp.abs(actual[1] / expected[1] - 1))
+        return {"gradient": difference(actual[0], expected[0]), "largest_sum": largest}
+
+    for tiles in tries:
+        run = jax.jit(
+            lambda hidden, table, tiles=tiles: head_hopper.scores(
+                hidden, table, jnp.int32(valid), cap=CAP, tiles=tiles
+            )
+        )
+        try:
+            gaps = apart(run(hidden, table), wanted(hidden, table))
+            measured = timed(run) | {name: float(f"{x:.2g}") for name, x in gaps.items()}
+        except (ValueError, RuntimeError) as error:
+            measured = {"ms": f"{type(error).__name__}: {str(error)[:300]}"}
+        yield tiles, measured
 
 
 def peers(
@@ -291,6 +361,10 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="*", default=[1024, 2048, 2816, 4096])
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--square", type=int, default=8192)
+    parser.add_argument("--kernels", nargs="*", default=["portable", "hopper"])
+    parser.add_argument("--trials", type=json.loads, nargs="*", help="Fields of Tiles, as JSON.")
+    parser.add_argument("--trial-tokens", type=int, default=2048)
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--hlo", help="Write each compiled program to files of this name.")
     arguments = parser.parse_args()
     tokens, width = arguments.tokens, arguments.width
@@ -316,6 +390,18 @@ def main() -> None:
     # Float32 as the trainer's master weights are, of values that bfloat16 has.
     table = (table * (SPREAD / width**0.5)).astype(jnp.bfloat16).astype(jnp.float32)
 
+    if arguments.trials is not None:
+        tries = [Tiles(**fields) for fields in arguments.trials] or TRIALS
+        fastest = float("inf")
+        rows = hidden[: arguments.trial_tokens]
+        for tiles, measured in trials(rows, table, arguments.vocab, tries, arguments.calls):
+            what = "XLA's product alone" if tiles is None else dataclasses.asdict(tiles)
+            print(json.dumps({"what": what} | measured), flush=True)
+            if tiles is None or tiles.fast_tanh or not isinstance(measured["ms"], float):
+                continue
+            if measured["ms"] < fastest:
+                fastest, head_hopper.TILES = measured["ms"], tiles
+
     def report(name: str, entries: int, measured: dict[str, Any], result: Any, wanted: Any) -> None:
         if result is not None:
             measured = measured | errors(result, wanted)
@@ -330,10 +416,15 @@ def main() -> None:
             hidden, table, *map(jnp.asarray, padded_entries(targets)), arguments.vocab
         )
         for chunk in arguments.chunks:
-            head = Head(arguments.vocab, CAP, BLOCK_TOKENS, chunk)
-            measured, result = retort(hidden, table, targets, head, arguments.calls, arguments.hlo)
-            report(f"portable, chunks of {chunk}", entries, measured, result, expected)
-            del result
+            for kernel in arguments.kernels:
+                head = Head(arguments.vocab, CAP, BLOCK_TOKENS, chunk, kernel=kernel)
+                measured, result = retort(
+                    hidden, table, targets, head, arguments.calls, arguments.hlo
+                )
+                report(f"{kernel}, chunks of {chunk}", entries, measured, result, expected)
+                del result
+    if arguments.no_peers:
+        return
     # Peers know no padded rows: they get the table without them.
     loss, dx, dw = expected
     valid = slice(arguments.vocab)

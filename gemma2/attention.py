@@ -63,6 +63,14 @@ def choose(
     return KERNELS[_first_fitting(name, everywhere, needs)].run
 
 
+def device_kind(device: Any) -> str | None:
+    """What a kernel is made for: sm_90 and the like of a CUDA device; None without a device."""
+    capability = getattr(device, "compute_capability", None)
+    if capability:
+        return f"sm_{str(capability).replace('.', '')}"
+    return getattr(device, "device_kind", None)
+
+
 class _Needs(NamedTuple):
     cap: float | None
     window: int | None
@@ -77,8 +85,6 @@ class _Needs(NamedTuple):
     def of(
         cls, config: ModelConfig, window: int | None, dtype: DTypeLike, backward: bool, device: Any
     ) -> "_Needs":
-        capability = getattr(device, "compute_capability", None)
-        kind = getattr(device, "device_kind", None)
         return cls(
             config.attention_cap,
             window,
@@ -86,7 +92,7 @@ class _Needs(NamedTuple):
             config.num_heads // config.num_kv_heads,
             jnp.dtype(dtype).name,
             backward,
-            f"sm_{str(capability).replace('.', '')}" if capability else kind,
+            device_kind(device),
         )
 
     def lacking(self, kernel: Kernel) -> list[str]:

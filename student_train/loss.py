@@ -16,12 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from schemas.errors import ConfigError
+from student_train import head_hopper
 
 # With a soft-cap c every logit lies in [−c, c]: up to this c, Σ exp(s) over 2^31 ids neither
 # overflows nor underflows float32 (e^60 · 2^31 < 3.4e38), so that no running maximum is needed.
 LARGEST_CAP_WITHOUT_MAXIMUM = 60.0
+
+KERNELS = ("auto", "portable", "hopper")
 
 
 class Targets(NamedTuple):
@@ -76,6 +80,44 @@ class Head(NamedTuple):
     """Inside shard_map: the mesh axis that cuts the vocabulary; each device has a run of ids."""
     batch_axes: tuple[str, ...] = ()
     """Inside shard_map: the mesh axes over which the rows are sharded."""
+    kernel: str = "portable"
+    """What forms the logits: portable or hopper. auto is for `resolve_kernel` to resolve."""
+
+
+def resolve_kernel(
+    head: Head, device_kind: str | None, *, dtype: DTypeLike, table_shape: tuple[int, int]
+) -> Head:
+    """`head` with the kernel that it names, or for auto the fastest that fits.
+
+    device_kind: sm_90 and the like of a CUDA device. dtype: the compute dtype. table_shape: [V, D]
+    as one device multiplies it. Raises ConfigError by feature.
+    """
+    if head.kernel not in KERNELS:
+        raise ConfigError(
+            f"The head's kernel must be one of {', '.join(KERNELS)}, but it is '{head.kernel}'."
+        )
+    if head.kernel == "portable":
+        return head
+    cap, largest = head.final_cap, LARGEST_CAP_WITHOUT_MAXIMUM
+    rows, width = table_shape
+    lacking = [
+        feature
+        for feature, is_present in (
+            (f"logits that no cap of {largest} bounds", cap is not None and cap <= largest),
+            (f"compute in {jnp.dtype(dtype).name}", jnp.dtype(dtype) == jnp.bfloat16),
+            (f"width {width}", width % head_hopper.WIDTH_MULTIPLE == 0),
+            (f"a table of {rows} rows", rows % head_hopper.ROW_MULTIPLE == 0),
+            (f"device {device_kind}", device_kind == "sm_90"),
+            (f"jax {jax.__version__}", jax.__version_info__ >= head_hopper.OLDEST_JAX),
+        )
+        if not is_present
+    ]
+    if lacking and head.kernel != "auto":
+        raise ConfigError(
+            f"The head's kernel must support what the loss has, but '{head.kernel}' lacks "
+            f"{', '.join(lacking)}; choose 'portable'."
+        )
+    return head._replace(kernel="portable" if lacking else "hopper")
 
 
 @jax.named_scope("head")
@@ -195,7 +237,7 @@ def _scan_chunks(
         weights = lax.all_gather(weights, head.table_axis, axis=head.table_dimension, tiled=True)
 
     def step(table_gradient: Any, chunk: _Chunk) -> tuple[Any, Any]:
-        losses, (unnormalised, scale) = _chunk_loss(head, chunk, weights)
+        losses, (unnormalised, scale) = _chunk_loss(head, chunk, weights, with_gradients)
         if not with_gradients:
             return None, (losses, None)
         scaled = (chunk.hidden.astype(jnp.float32) * scale[:, None]).astype(chunk.hidden.dtype)
@@ -242,15 +284,19 @@ def _reduce_over_devices(head: Head, table_gradient: jax.Array) -> jax.Array:
 class _Scores(NamedTuple):
     """What the logits of C tokens and V ids leave behind; shift and total know all devices' ids."""
 
-    unnormalised: jax.Array  # compute dtype [C, V], s' exp(s - shift), 0 in padded columns
-    total: jax.Array  # float32 [C], Σ exp(s - shift)
-    shift: jax.Array  # float32 [C]
-    slot_logits: jax.Array  # float32 [N], logits z of the wanted (token, id) pairs, before the cap
+    unnormalised: jax.Array | None
+    """Compute dtype [C, V], s' exp(s - shift), 0 in padded columns; None without gradients."""
+    total: jax.Array
+    """float32 [C], Σ exp(s - shift)."""
+    shift: jax.Array
+    """float32 [C]."""
+    slot_logits: jax.Array
+    """float32 [N], logits z of the wanted (token, id) pairs, before the cap."""
 
 
 def _chunk_loss(
-    head: Head, chunk: _Chunk, weights: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    head: Head, chunk: _Chunk, weights: jax.Array, with_gradients: bool
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, jax.Array]]:
     """((kd [C], ce [C]), (G [C, V] in the compute dtype, r float32 [C])), d loss / d logits = r·G.
 
     With s the capped logit, s' its derivative, q = softmax(s) = exp(s) / total, p̂ and y the entries
@@ -272,7 +318,8 @@ def _chunk_loss(
     token = jnp.concatenate([chunk.entry_token, jnp.arange(rows, dtype=jnp.int32)])
     # Unused slots (−1) read any logit of their token; their weight is 0.
     column = jnp.concatenate([jnp.maximum(chunk.entry_id, 0), chunk.labels]) - first
-    scores = _scores(head, chunk.hidden, weights, first, token, column)
+    form = _fused_scores if head.kernel == "hopper" else _scores
+    scores = form(head, chunk.hidden, weights, first, token, column, with_gradients)
 
     logsumexp = scores.shift + jnp.log(scores.total)
     capped, slope = _soft_cap(head.final_cap, scores.slot_logits)
@@ -304,14 +351,22 @@ def _chunk_loss(
     # entries that are their position's label, whose own slot knows them.
     is_set = jnp.concatenate([(chunk.entry_id >= 0) & ~is_label, jnp.ones((rows,), bool)])
     column = jnp.where(is_set & (column >= 0), column, width)
-    unnormalised = scores.unnormalised.at[token, column].set(
-        gradient.astype(scores.unnormalised.dtype), mode="drop", unique_indices=True
-    )
+    unnormalised = scores.unnormalised
+    if unnormalised is not None:
+        unnormalised = unnormalised.at[token, column].set(
+            gradient.astype(unnormalised.dtype), mode="drop", unique_indices=True
+        )
     return (kd, surprise[entries:]), (unnormalised, softmax_scale / scores.total)
 
 
 def _scores(
-    head: Head, hidden: jax.Array, weights: jax.Array, first: Any, token: jax.Array, column: Any
+    head: Head,
+    hidden: jax.Array,
+    weights: jax.Array,
+    first: Any,
+    token: jax.Array,
+    column: jax.Array,
+    with_gradients: bool,
 ) -> _Scores:
     """Scores of C tokens against this device's V ids, the first of which is `first`."""
     logits = jnp.einsum("cd,vd->cv", hidden, weights, preferred_element_type=jnp.float32)
@@ -325,10 +380,42 @@ def _scores(
     # Padded rows of the table are masked after the cap, which would make −inf finite.
     exponential = jnp.where(known, jnp.exp(capped - shift[:, None]), 0.0)
     return _Scores(
-        unnormalised=(slope * exponential).astype(hidden.dtype),
+        unnormalised=(slope * exponential).astype(hidden.dtype) if with_gradients else None,
         total=_over_vocabulary(head, lax.psum, jnp.sum(exponential, axis=1)),
         shift=shift,
-        slot_logits=_logits_of(head, logits, token, column),
+        slot_logits=_of_own_columns(
+            head, weights.shape[0], column, lambda column: logits[token, column]
+        ),
+    )
+
+
+def _fused_scores(
+    head: Head,
+    hidden: jax.Array,
+    weights: jax.Array,
+    first: Any,
+    token: jax.Array,
+    column: jax.Array,
+    with_gradients: bool,
+) -> _Scores:
+    """As `_scores`, by the kernel that keeps logits in registers; those of slots are its own."""
+    assert head.final_cap is not None
+    width = weights.shape[0]
+    valid = jnp.clip(jnp.int32(head.valid_vocab) - first, 0, width)
+    unnormalised, total = head_hopper.scores(
+        hidden, weights, valid, cap=head.final_cap, gradient=with_gradients
+    )
+
+    def products(column: jax.Array) -> jax.Array:
+        # No [N, D] of gathered rows exists: XLA reads them as it sums.
+        left, right = hidden[token], weights[column]
+        return jnp.sum(left.astype(jnp.float32) * right.astype(jnp.float32), axis=1)
+
+    return _Scores(
+        unnormalised,
+        total=_over_vocabulary(head, lax.psum, total),
+        shift=jnp.zeros(hidden.shape[:1], jnp.float32),
+        slot_logits=_of_own_columns(head, width, column, products),
     )
 
 
@@ -337,15 +424,17 @@ def _over_vocabulary(head: Head, combine: Callable[..., jax.Array], x: jax.Array
     return x if head.vocab_axis is None else combine(x, head.vocab_axis)
 
 
-def _logits_of(head: Head, logits: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-    """float32 [N], logits[row, column] of the device whose part of the vocabulary has the column.
+def _of_own_columns(
+    head: Head, width: int, column: jax.Array, look_up: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """float32 [N], look_up(column) on the device whose part of the vocabulary has the column.
 
     A column counts from this device's first id; it is the table's own if nothing cuts it.
     """
     if head.vocab_axis is None:
-        return logits[row, column]
-    is_own = (column >= 0) & (column < logits.shape[1])
-    found = jnp.where(is_own, logits[row, jnp.where(is_own, column, 0)], 0.0)
+        return look_up(column)
+    is_own = (column >= 0) & (column < width)
+    found = jnp.where(is_own, look_up(jnp.where(is_own, column, 0)), 0.0)
     return lax.psum(found, head.vocab_axis)
 
 

@@ -28,7 +28,7 @@ from student_train.average import averaged
 from student_train.batch import Batch
 from student_train.entries import entry_positions
 from student_train.guard import Guard, judge, new_guard, norm_limit
-from student_train.loss import Head, Losses, Targets, sparse_target_loss
+from student_train.loss import Head, Losses, Targets, resolve_kernel, sparse_target_loss
 from student_train.optimizer import last_update_norm, make_optimizer
 
 
@@ -121,6 +121,7 @@ def make_head(
         final_cap=config.final_cap,
         block_tokens=1 if targets is None else targets.sampler.block_tokens,
         chunk_tokens=chunk_tokens,
+        kernel="auto",
     )
 
 
@@ -173,23 +174,30 @@ def make_loss(
     cuts it, against the table gathered over fsdp in the compute dtype; logits never leave their
     device.
     """
-    rows: Any = P(ROW_AXES)
+    by_rows: Any = P(ROW_AXES)
     one: Any = P()
 
     def loss(hidden: jax.Array, table: jax.Array, targets: Targets) -> Losses:
         where = partition(table_path, table.shape, mesh)
         gathered = fsdp_dimension(where)
-        local = head._replace(
+        vocab_axis = "model" if "model" in axes_of(where, 0) else None
+        rows, width = table.shape
+        local = resolve_kernel(
+            head,
+            attention.device_kind(mesh.devices.flat[0]),
+            dtype=hidden.dtype,
+            table_shape=(rows if vocab_axis is None else rows // mesh.shape[vocab_axis], width),
+        )._replace(
             table_axis=None if gathered is None else "fsdp",
             table_dimension=gathered or 0,
-            vocab_axis="model" if "model" in axes_of(where, 0) else None,
+            vocab_axis=vocab_axis,
             batch_axes=ROW_AXES,
         )
         return jax.shard_map(
             partial(sparse_target_loss, head=local),
             mesh=mesh,
-            in_specs=(rows, where, Targets(*[rows] * len(Targets._fields))),
-            out_specs=Losses(one, rows, rows),
+            in_specs=(by_rows, where, Targets(*[by_rows] * len(Targets._fields))),
+            out_specs=Losses(one, by_rows, by_rows),
         )(hidden, table, targets)
 
     return loss
