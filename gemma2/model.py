@@ -206,9 +206,13 @@ class Gemma2(nnx.Module):
         def body(x: Array, pair: Any) -> tuple[Array, None]:
             return nnx.merge(definition, pair)(x, segment_ids, execution), None
 
-        # Outside a loop what is to be computed again would be found to be there already.
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=execution.is_unrolled)
         is_short = self.config.num_layers // 2 <= _UNROLLED_PAIRS
+        if execution.is_unrolled and remat == "none":
+            # The compiler finds what is to be computed again, and keeps what it finds useful. Were
+            # all of it kept, it would write what it otherwise never takes out of a register.
+            body = jax.checkpoint(body, policy=_POLICIES["dots"], prevent_cse=False)
+        else:
+            body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=execution.is_unrolled)
         x, _ = jax.lax.scan(body, x, stacked, unroll=execution.is_unrolled or is_short)
         return self.final_norm(x)
 

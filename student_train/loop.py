@@ -49,6 +49,7 @@ from student_train.step import (
     abstract_state,
     init_state,
     make_head,
+    make_norms,
     make_state,
     make_train_step,
 )
@@ -331,6 +332,7 @@ class _Run:
         """All remaining steps; returns the last state and its evaluation."""
         config = self.config
         train_step = make_train_step(self.model, config, self.head, self.mesh)
+        norms_of = make_norms(config)
         reporter = self._reporter(checkpoints, metrics)
         evaluator = self._evaluator()
         checkpoints.reserve(self.abstract)
@@ -349,8 +351,9 @@ class _Run:
                 else:
                     state, step_metrics = train_step(state, batch)
                 done = step + 1
+                norms = norms_of(state) if reporter.is_logged(done) else None
                 # One step is under way while the one before it is read: the device never waits.
-                self._tell_all(reporter.add(done, step_metrics, waited_seconds))
+                self._tell_all(reporter.add(done, step_metrics, norms, waited_seconds))
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     self._tell_all(reporter.flush())
                     self._save(state, checkpoints)

@@ -44,10 +44,10 @@ def _scale_by_rate(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def last_update_norm(
     config: OptimizerConfig, steps: int, state: Any, params: Any, step: Any
 ) -> jax.Array:
-    """float32 [], norm of what an update added, from the state and the parameters it left.
+    """float32 [], norm of what the update of a step added, from what it left.
 
-    With the moments' direction d, rate r and decay w it added u = -r (d + w p) to parameters p,
-    now p + u: so u = -r (d + w (p + u)) / (1 - r w). Nothing has to be kept of the update.
+    With the moments' direction d, rate r and decay w it added u = -r (d + w p) to parameters p, now
+    p + u: so u = -r (d + w (p + u)) / (1 - r w). Nothing has to be kept of the update itself.
     """
     adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
     rate = learning_rate(config, steps, step)

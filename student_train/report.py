@@ -15,7 +15,7 @@ import numpy as np
 from schemas.errors import DivergenceError
 from schemas.runs import TrainConfig
 from student_train.metrics import Metrics
-from student_train.step import StepMetrics
+from student_train.step import Norms, StepMetrics
 from student_train.throughput import Stopwatch, Work
 
 TARGET_METRICS = ("kd", "kl", "teacher_entropy", "teacher_ce", "alpha")
@@ -53,7 +53,7 @@ class Reporter:
         """
         self._config, self._work, self._metrics = config, work, metrics
         self._rows_of, self._checkpoint_until = rows_of, checkpoint_until
-        self._waiting: tuple[int, StepMetrics, float] | None = None
+        self._waiting: tuple[int, StepMetrics, Norms | None, float] | None = None
         self._watch = Stopwatch()
         self._rates = ""
 
@@ -61,21 +61,25 @@ class Reporter:
         """Leave what happened since the last step (an evaluation) out of the rates."""
         self._watch.resume()
 
-    def add(self, step: int, metrics: StepMetrics, waited_seconds: float) -> list[TrainEvent]:
+    def is_logged(self, step: int) -> bool:
+        """Whether a step gets a record, which has the norms of the state it left."""
+        return step % self._config.log_every == 0 or step == self._config.steps
+
+    def add(
+        self, step: int, metrics: StepMetrics, norms: Norms | None, waited_seconds: float
+    ) -> list[TrainEvent]:
         """Take a step that was just dispatched; returns the events of the one before."""
         events = self.flush()
-        self._waiting = (step, metrics, waited_seconds)
+        self._waiting = (step, metrics, norms, waited_seconds)
         return events
 
     def flush(self) -> list[TrainEvent]:
         """Wait for the step taken last. Raises DivergenceError after too many skipped ones."""
         if self._waiting is None:
             return []
-        step, device_metrics, waited = self._waiting
+        step, device_metrics, norms, waited = self._waiting
         self._waiting = None
-        values = {
-            name: float(value) for name, value in jax.device_get(device_metrics)._asdict().items()
-        }
+        values = _values(device_metrics)
         self._watch.step(waited)
         events = []
         bad_in_a_row = int(values.pop("bad_in_a_row"))
@@ -84,7 +88,10 @@ class Reporter:
         if bad_in_a_row >= self._config.max_bad_steps:
             raise self._divergence(step, bad_in_a_row, values)
         record = None
-        if step % self._config.log_every == 0 or step == self._config.steps:
+        if norms is not None:
+            values |= _values(norms)
+            if bad_in_a_row:
+                values["update_norm"] = 0.0
             record = {"step": step, **self._logged(values), **self._watch.read(self._work)}
             self._rates = _rates_note(record)
             self._metrics.write(record)
@@ -123,6 +130,10 @@ class Reporter:
             f"Training must not skip {self._config.max_bad_steps} steps in a row, but steps "
             f"{step - bad + 1} to {step} were skipped, the last as {why_skipped(values)}; {advice}"
         )
+
+
+def _values(of_device: StepMetrics | Norms) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(of_device)._asdict().items()}
 
 
 def why_skipped(values: dict[str, float]) -> str:
