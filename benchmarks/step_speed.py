@@ -285,7 +285,7 @@ def time_steps(setting: Setting, compiled: Any, rates: Rates, out: Path) -> dict
     grad_norm = float(metrics.grad_norm)
     peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
     breakdown = None
-    if options.profile:
+    if options.stage == "profile":
         state, breakdown = profile(setting, compiled, state, batches, out)
     del state
     rates.measure_products()
@@ -410,13 +410,15 @@ def parsed() -> argparse.Namespace:
         help="which configurations are compiled again from JAX's cache",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/step_speed"))
-    parser.add_argument("--stage", choices=("run", "cached"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("run", "profile", "cached"), help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def in_own_process(arguments: list[str]) -> int:
-    return subprocess.run([sys.executable, "-m", "benchmarks.step_speed", *arguments]).returncode
+def in_own_process(arguments: list[str], flags: str = "") -> int:
+    command = [sys.executable, "-m", "benchmarks.step_speed", *arguments]
+    environment = dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip())
+    return subprocess.run(command, env=environment).returncode
 
 
 def main() -> None:
@@ -431,13 +433,19 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as cache:
                 one = ["--entries", str(entries), "--remat", remat, "--cache", cache]
                 failed |= in_own_process([*sys.argv[1:], *one, "--stage", "run"])
+                if options.profile:
+                    # The kernels of a CUDA graph do not say which part of the program they are.
+                    graphs_off = "--xla_gpu_enable_command_buffer="
+                    failed |= in_own_process(
+                        [*sys.argv[1:], *one, "--stage", "profile"], graphs_off
+                    )
                 if options.cached == "all" or (options.cached == "first" and number == 0):
                     failed |= in_own_process([*sys.argv[1:], *one, "--stage", "cached"])
         sys.exit(failed)
     use_cache(options.cache)
     setting = Setting(options, options.entries[0], options.remat[0])
     device = jax.devices()[0]
-    if options.stage == "run":
+    if options.stage != "cached":
         say(f"{device.device_kind}, jax {jax.__version__}")
         record = run(setting, Rates(device), options.out)
     else:
