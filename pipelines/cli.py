@@ -33,8 +33,8 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "quickstart": Verb(verbs.QuickstartConfig, verbs.quickstart),
-    "tokenize": Verb(verbs.TokenizeConfig, verbs.tokenize, beam_options=True),
-    "dump": Verb(verbs.DumpConfig, verbs.dump, beam_options=True),
+    "tokenize": Verb(verbs.TokenizeArguments, verbs.tokenize, beam_options=True),
+    "dump": Verb(verbs.DumpArguments, verbs.dump, beam_options=True),
     "inspect": Verb(verbs.InspectArguments, verbs.inspect),
     "show": Verb(verbs.ShowArguments, verbs.show),
     "verify": Verb(verbs.VerifyArguments, verbs.verify),

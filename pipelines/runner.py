@@ -1,4 +1,4 @@
-"""Which Beam runner runs, named explicitly, and the one shape in which work is handed to it.
+"""Which engine runs a job, named explicitly, and the one shape in which work is handed to it.
 
 Every pipeline here is `Create(specs) | Reshuffle | ParDo(work)`: one chain, one leaf, whose
 elements are names of work and never data. That shape gives the same bytes on every runner that was
@@ -8,6 +8,8 @@ tried; others lose elements on some. Results go to the store, not through Beam.
 import logging
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Literal
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import (
@@ -17,12 +19,71 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
 )
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from pydantic import Field
 
 from schemas import errors
 from schemas.base import Document
 
 # Beam logs each failed bundle with its traceback; the same text comes back as the exception.
 logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+
+
+class Engine(Document):
+    """Where a job's shards are written. The store has the same bytes whichever it is."""
+
+    runner: Literal["memory", "processes", "dask"] = Field(
+        "memory",
+        description="This process, several of this machine, or a Dask cluster. Beam's own "
+        "options after `--` name others.",
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Processes of the runner `processes`; default: one for each core."
+    )
+    scheduler: str | None = Field(
+        None,
+        description="Address of the Dask scheduler, as tcp://HOST:8786. Its workers must reach the "
+        "store, the corpus and the teacher by the same names, and have this package installed.",
+    )
+
+    def options(self, beam_options: Sequence[str] | None = None) -> PipelineOptions:
+        """Beam's options for it. Raises ConfigError for flags that do not go together."""
+        wanted = self.runner
+        if beam_options:
+            if self != Engine():
+                raise errors.ConfigError(
+                    "The engine must be named once, but there are --runner, --workers or "
+                    "--scheduler and also options after `--`; leave out either."
+                )
+            return parse_options(beam_options)
+        for flag, value, runner in (
+            ("workers", self.workers, "processes"),
+            ("scheduler", self.scheduler, "dask"),
+        ):
+            if value is not None and wanted != runner:
+                raise errors.ConfigError(
+                    f"--{flag} is for --runner {runner}, but the runner is '{wanted}'; name that "
+                    "runner or leave the flag out."
+                )
+        if wanted == "memory":
+            return parse_options([])
+        if wanted == "processes":
+            return parse_options(
+                [
+                    "--direct_running_mode=multi_processing",
+                    f"--direct_num_workers={self.workers or 0}",
+                ]
+            )
+        if self.scheduler is None:
+            raise errors.ConfigError(
+                "--runner dask needs the address of a scheduler; start `dask scheduler` and "
+                "`dask worker` and pass --scheduler tcp://HOST:8786."
+            )
+        return parse_options(["--runner=DaskRunner", f"--dask_client_address={self.scheduler}"])
+
+
+# Beam knows it by its full name alone.
+_DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
+
 
 _REFUSED_RUNNERS = {
     "DirectRunner": "it may download and start another runner; leave --runner out for FnApiRunner",
@@ -40,6 +101,8 @@ def parse_options(arguments: Sequence[str]) -> PipelineOptions:
             f"The Beam runner must be one that is named exactly; {runner} is refused because "
             f"{_REFUSED_RUNNERS[runner]}."
         )
+    if runner in ("DaskRunner", _DASK_RUNNER):
+        options = _for_dask(arguments)
     mode = options.view_as(DirectOptions).direct_running_mode
     if mode == "multi_threading":
         raise errors.ConfigError(
@@ -47,6 +110,20 @@ def parse_options(arguments: Sequence[str]) -> PipelineOptions:
             "because it returned corrupted data in every measured run."
         )
     return options
+
+
+def _for_dask(arguments: Sequence[str]) -> PipelineOptions:
+    """One spec to a task: left to itself the runner lets one task have many, or all."""
+    if find_spec("distributed") is None:
+        raise errors.ConfigError(
+            "The Dask engine needs Dask, which is not installed; pip install 'retort[dask]'."
+        )
+    if any(a.startswith(("--dask_partition_size", "--dask_npartitions")) for a in arguments):
+        raise errors.ConfigError(
+            "The size of Dask's partitions must be one spec, which is a shard; leave out "
+            "--dask_partition_size and --dask_npartitions."
+        )
+    return PipelineOptions([*arguments, f"--runner={_DASK_RUNNER}", "--dask_partition_size=1"])
 
 
 def run(
@@ -65,19 +142,31 @@ def run(
     named = options.view_as(StandardOptions).runner
     runner = FnApiRunner() if named in (None, "FnApiRunner") else named
     try:
-        with beam.Pipeline(runner=runner, options=options) as pipeline:
-            _ = (
-                pipeline
-                | "Specs" >> beam.Create([spec.canonical_json() for spec in specs])
-                | "Spread" >> beam.Reshuffle()
-                | label >> beam.ParDo(work)
-            )
+        pipeline = beam.Pipeline(runner=runner, options=options)
+        _ = (
+            pipeline
+            | "Specs" >> beam.Create([spec.canonical_json() for spec in specs])
+            | "Spread" >> beam.Reshuffle()
+            | label >> beam.ParDo(work)
+        )
+        result = pipeline.run()
+        try:
+            result.wait_until_finish()
+        finally:
+            # Of Dask: Beam leaves it open, and its tasks running if this process is interrupted.
+            client = getattr(result, "client", None)
+            if client is not None:
+                client.close()
     except errors.RetortError:
         raise
     except Exception as error:
         if "KeyboardInterrupt" in str(error).strip().rsplit("\n", 1)[-1]:
             raise KeyboardInterrupt from error
         foreseen = _foreseen(str(error))
+        if foreseen is None and named == _DASK_RUNNER and isinstance(error, OSError):
+            raise errors.ConfigError(
+                f"The Dask scheduler must answer, but: {error}; start it or mend --scheduler."
+            ) from error
         if foreseen is None:
             raise
         raise foreseen from error

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
@@ -125,15 +125,32 @@ def quickstart(config: QuickstartConfig, console: Console) -> int:
     return 0
 
 
-def tokenize(config: TokenizeConfig, console: Console, beam_options: list[str] | None) -> int:
-    options = runner.parse_options(beam_options or [])
+class TokenizeArguments(TokenizeConfig, runner.Engine):
+    """Corpus to packed sequences: `retort tokenize`."""
+
+
+class DumpArguments(DumpConfig, runner.Engine):
+    """Teacher targets for a store's tokens: `retort dump`."""
+
+
+Part = TypeVar("Part", bound=Document)
+
+
+def _part(arguments: Document, kind: type[Part]) -> Part:
+    """Of a verb's arguments those of one document."""
+    return kind(**{name: getattr(arguments, name) for name in kind.model_fields})
+
+
+def tokenize(arguments: TokenizeArguments, console: Console, beam_options: list[str] | None) -> int:
+    options = _part(arguments, runner.Engine).options(beam_options)
+    config = _part(arguments, TokenizeConfig)
     console.print(tokenize_pipeline.tokenize(config, console, options))
     return 0
 
 
-def dump(config: DumpConfig, console: Console, beam_options: list[str] | None) -> int:
-    options = runner.parse_options(beam_options or [])
-    console.print(dump_pipeline.dump(config, console, options))
+def dump(arguments: DumpArguments, console: Console, beam_options: list[str] | None) -> int:
+    options = _part(arguments, runner.Engine).options(beam_options)
+    console.print(dump_pipeline.dump(_part(arguments, DumpConfig), console, options))
     return 0
 
 

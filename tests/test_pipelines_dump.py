@@ -1,6 +1,5 @@
 """Tokenize and dump through Beam: the same bytes on every runner, however often it is killed."""
 
-import hashlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from dump_world import TEACHER, digest, dump_config, flags, make_world, tokenize_config
 from rich.console import Console
 
 from gemma2 import checkpoint, model
@@ -22,70 +22,16 @@ from logit_store.ledger import Ledger
 from logit_store.verify import verify
 from pipelines import cli, dump, runner, tokenize
 from schemas.errors import ConfigError, IncompleteStoreError, ManifestMismatchError
-from schemas.model import ModelConfig
-from schemas.runs import CorpusConfig, DumpConfig, SamplerConfig, TokenizeConfig
+from schemas.runs import CorpusConfig, SamplerConfig
 from teacher_dump import tokenizer as tokenizers
 
 QUIET = Console(quiet=True)
-TEACHER = ModelConfig(
-    vocab_size=520,
-    d_model=32,
-    num_layers=2,
-    mlp_width=64,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=16,
-    query_scalar=16,
-    window_tokens=16,
-    max_tokens=64,
-)
 MULTI_PROCESSING = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A corpus of a few sources, a tokenizer and a random teacher."""
-    folder = tmp_path_factory.mktemp("world")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    library = Path(os.__file__).parent
-    names = ("abc.py", "bisect.py", "calendar.py", "heapq.py", "json/decoder.py", "textwrap.py")
-    for number, name in enumerate(names):
-        (corpus / f"{number}.py").write_bytes((library / name).read_bytes())
-    texts = [path.read_text() for path in sorted(corpus.iterdir())]
-    tokenizers.train(texts, folder / "tokenizer.model", vocab_size=512)
-    params = model.init_params(TEACHER, jax.random.key(0))
-    checkpoint.save(folder / "teacher", TEACHER, params)
-    return folder
-
-
-def tokenize_config(world: Path, store: Path, **changes: object) -> TokenizeConfig:
-    return TokenizeConfig(
-        store=str(store),
-        corpus=CorpusConfig(paths=(str(world / "corpus"),)),
-        tokenizer=world / "tokenizer.model",
-        sequence_tokens=64,
-        shard_sequences=16,
-        split_bytes=16_000,
-    ).model_copy(update=changes)
-
-
-def dump_config(world: Path, store: Path, **changes: object) -> DumpConfig:
-    return DumpConfig(
-        store=str(store),
-        teacher=world / "teacher",
-        sampler=SamplerConfig(entries_per_token=4, block_tokens=32),
-        batch_sequences=4,
-        dtype="float32",
-    ).model_copy(update=changes)
-
-
-def digest(store: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(store.rglob("*"))
-        if path.is_file()
-    }
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +86,6 @@ def start(world: Path, store: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-
-
-def flags(document: TokenizeConfig | DumpConfig) -> list[str]:
-    found = []
-    for key, value in document.model_dump(mode="json", exclude_defaults=True).items():
-        nested = value.items() if isinstance(value, dict) else [("", value)]
-        for inner, item in nested:
-            for single in item if isinstance(item, list | tuple) else [item]:
-                found.append(f"--{key}.{inner}={single}" if inner else f"--{key}={single}")
-    return found
 
 
 def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, tmp_path):
