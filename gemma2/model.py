@@ -207,9 +207,10 @@ class Gemma2(nnx.Module):
             return nnx.merge(definition, pair)(x, segment_ids, execution), None
 
         is_short = self.config.num_layers // 2 <= _UNROLLED_PAIRS
-        if execution.is_unrolled and remat == "none":
+        if execution.is_unrolled and remat == "none" and not execution.placement.is_gathering:
             # The compiler finds what is to be computed again, and keeps what it finds useful. Were
-            # all of it kept, it would write what it otherwise never takes out of a register.
+            # all of it kept, it would write what it otherwise never takes out of a register. Of
+            # gathered weights it would find the first copy useful too, and keep it.
             body = jax.checkpoint(body, policy=_POLICIES["dots"], prevent_cse=False)
         else:
             body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=execution.is_unrolled)

@@ -111,6 +111,11 @@ class Placement:
     is_table_whole: bool = False
     """Every device holds all of the embedding."""
 
+    @property
+    def is_gathering(self) -> bool:
+        """Whether a weight is on one device only while it is used."""
+        return self.mesh is not None and self.mesh.shape["fsdp"] > 1
+
     def rows(self, x: Array) -> Array:
         """x [B, ...] with its rows over the devices, and all else whole."""
         return self._put(x, P(ROW_AXES))
@@ -210,7 +215,8 @@ def _gather(
 def _gather_forward(
     put: Callable[[Array, P], Array], where: P, whole: P, dtype: jnp.dtype, kernel: Array
 ) -> tuple[Array, Array]:
-    return _gather(put, where, whole, dtype, kernel), kernel[:0]
+    # Not by calling `_gather`: to a remat policy that would be a value like others, to be kept.
+    return put(kernel.astype(dtype), whole), kernel[:0]
 
 
 def _gather_backward(

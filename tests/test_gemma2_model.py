@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from gemma2 import attention, model, presets
+from gemma2.model import Execution
+from gemma2.placement import Placement
 from schemas.errors import ConfigError
+from schemas.runs import MeshConfig
+from student_train import mesh as meshes
 
 TINY = presets.PRESETS["tiny"]
 
@@ -104,16 +108,22 @@ def test_remat_changes_no_gradient(params):
         )
 
 
-def kept(remat):
+def kept(remat, execution=None):
     """(shape, dtype) of all that the backward is given, but for the parameters themselves."""
     config = TINY.model_copy(update={"num_layers": 8})
     params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
-    tokens = jax.ShapeDtypeStruct((2, 40), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((2 if execution is None else 8, 40), jnp.int32)
 
     def residuals(params, tokens):
         def run(params):
             return model.hidden_states(
-                params, config, tokens, tokens, dtype=jnp.bfloat16, remat=remat
+                params,
+                config,
+                tokens,
+                tokens,
+                dtype=jnp.bfloat16,
+                remat=remat,
+                execution=execution,
             )
 
         return jax.vjp(run, params)[1]
@@ -137,10 +147,41 @@ def test_each_remat_policy_keeps_less_than_the_one_before():
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_no_weight_is_kept_in_the_compute_dtype(remat):
     """Under fsdp it would be a gathered one, and each device would come to hold them all."""
-    residuals, params = kept(remat)
+    check_that_no_weight_is_kept(*kept(remat))
+
+
+@pytest.mark.parametrize("is_unrolled", [False, True])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_no_gathered_weight_is_kept(remat, is_unrolled):
+    mesh = meshes.make_mesh(MeshConfig(fsdp=8), jax.devices()[:8])
+    execution = Execution("reference", Placement(mesh), is_unrolled)
+    check_that_no_weight_is_kept(*kept(remat, execution))
+
+
+def check_that_no_weight_is_kept(residuals, params):
     weights = {leaf.shape for leaf in params if leaf.ndim == 3}
     assert weights
-    assert not [x for x in residuals if x.shape in weights]
+    # Of the stack of a loop, or of one pair.
+    weights |= {shape[1:] for shape in weights}
+    assert not [x for x in residuals if x.dtype == jnp.bfloat16 and x.shape in weights]
+
+
+@pytest.mark.parametrize(("fsdp", "is_kept_apart"), [(1, False), (2, True)])
+def test_without_remat_the_compiler_may_keep_what_is_not_gathered(fsdp, is_kept_apart):
+    mesh = meshes.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:fsdp])
+    execution = Execution("reference", Placement(mesh), is_unrolled=True)
+    shapes = jax.eval_shape(lambda: model.init_params(TINY, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def loss(params, tokens):
+        hidden = model.hidden_states(
+            params, TINY, tokens, tokens, dtype=jnp.bfloat16, remat="none", execution=execution
+        )
+        return jnp.sum(jnp.square(hidden.astype(jnp.float32)))
+
+    text = str(jax.make_jaxpr(loss)(shapes, tokens))
+    assert f"prevent_cse={is_kept_apart}" in text
+    assert f"prevent_cse={not is_kept_apart}" not in text
 
 
 def test_bfloat16_is_near_float32(params):
