@@ -7,6 +7,7 @@ disturbed, and no record of a shard may be written a second time.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -58,8 +59,6 @@ class Cluster:
             time.sleep(0.2)
 
     def options(self) -> list[str]:
-        import json
-
         address = json.loads(self._file.read_text())["address"]
         return ["--runner=DaskRunner", f"--dask_client_address={address}"]
 
@@ -94,6 +93,11 @@ class Watch(threading.Thread):
         self._seen: dict[Path, tuple[int, int]] = {}
         self.kills, self.rewritten = 0, 0
         self.done = threading.Event()
+
+    @property
+    def records(self) -> int:
+        """How many were seen."""
+        return len(self._seen)
 
     def run(self) -> None:
         due = time.monotonic() + self._random.uniform(*self._between)
@@ -152,6 +156,7 @@ def main() -> None:
                 total.update(
                     stores=1,
                     kills=watch.kills,
+                    records=watch.records,
                     rewritten=watch.rewritten,
                     damaged=int(not report.ok or report.missing_shards > 0),
                     other=int(digest(store) != wanted),

@@ -1,9 +1,9 @@
 """How long a training step waits for its batch, from a store that no cache holds.
 
-`python -m benchmarks.input_wait --store S` reads batches as `retort train` does (the same order of
-rows, readers, checks and threads) while a step of a given speed is pretended, and before every step
-drops the store's files from the page cache. It prints the share of the run that was waiting, and
-what the input could deliver if nothing else took time.
+`python -m benchmarks.input_wait --store S` reads batches of rows at random with the reader and the
+threads of `retort train`, while a step of a given speed is pretended, and before every step drops
+the store's files from the page cache. It prints the share of the run that was waiting, and what the
+input could deliver if nothing else took time.
 """
 
 import argparse

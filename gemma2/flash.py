@@ -25,7 +25,7 @@ def attention(
     cap: float | None,
     window: int | None,
 ) -> Array:
-    """As `gemma2.attention.reference`, for bfloat16 and a cap."""
+    """As `gemma2.attention.reference`, for bfloat16, a cap, and ids that do not come back."""
     if cap is None:
         raise ValueError("flash attention needs a soft-cap")
     return _attention(cap, query, key, value, visibility(segment_ids, window))

@@ -6,8 +6,9 @@ maximum: no maximum, no rescaling, and tanh and exp are one pass over the regist
 backward, gradients of queries are added to memory from registers, which frees the shared memory
 that a second stage of everything else needs. What a query sees is given by two arrays of bounds,
 for windows and packed documents alike: tiles that no query of theirs sees are never loaded, and
-only those at an edge are masked. Imported only where the kernels run: the packages are those of the
-`gpu` extra.
+only those at an edge are masked. The replaced methods keep the order of work of the originals
+(FlashAttention-4, Dao-AILab, BSD-3-Clause, as fa4-jax 0.1.0 has it), which the rest of a kernel
+expects. Imported only where the kernels run: the packages are those of the `gpu` extra.
 """
 
 import inspect

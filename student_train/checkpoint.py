@@ -52,6 +52,7 @@ FREE_SETTINGS = frozenset(
         "targets",
         "mesh",
         "remat",
+        "unroll_layers",
         "accumulate",
         "loss_chunk_tokens",
         "eval_store",
