@@ -110,10 +110,13 @@ def test_a_dask_cluster_writes_the_same_bytes(
 
     with distributed.Client(scheduler) as client:
         client.wait_for_workers(WORKERS, timeout=LONGEST_START_SECONDS)
+        clients = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.clients))
         with distributed.get_task_stream(client) as stream:
             store = write(world, tmp_path / "store", dask(scheduler))
+        left = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.clients))
     assert digest(store) == digest(whole)
     assert verify(str(store)).ok
+    assert left == clients
     # Not one of them did all of it.
     assert len({task["worker"] for task in stream.data}) == WORKERS
 
