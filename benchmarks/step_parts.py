@@ -22,8 +22,10 @@ HEAD_ELEMENTWISE = "head: softmax, entries"
 EMBEDDING = "embedding"
 OPTIMIZER = "optimizer, norms of gradients"
 OTHER = "stacks of the scan, copies, other"
+EXPOSED = "communication, nothing beside it"
 PARTS = (
     ATTENTION, LINEAR, WEIGHTS, ELEMENTWISE, HEAD, HEAD_ELEMENTWISE, EMBEDDING, OPTIMIZER, OTHER,
+    EXPOSED,
 )  # fmt: skip
 
 _SCOPE = re.compile(r"\b(attention|linear|norm|rotary|mlp|head|targets|embedding)\b(?!')")
@@ -37,6 +39,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _PRODUCT_TARGET = re.compile(r"gemm|matmul|dot", re.IGNORECASE)
 _PRODUCT_KERNEL = re.compile(r"gemm|nvjet|xmma|cutlass_\d+", re.IGNORECASE)
 _ATTENTION_KERNEL = re.compile(r"flash|kernel_cutlass|fmha|attention", re.IGNORECASE)
+_COLLECTIVE_KERNEL = re.compile(r"nccl", re.IGNORECASE)
 _BACKWARD_KERNEL = re.compile(r"bwd|backward|dkdv|_dq", re.IGNORECASE)
 _MOVES = ("dynamic_update_slice", "dynamic_slice", "copy", "squeeze", "while", "broadcast_in_dim")
 
@@ -159,7 +162,10 @@ class Kernel:
 
 @dataclass
 class Breakdown:
-    """Seconds of one step; overlapping kernels count once, so that the parts and idle sum to it."""
+    """Seconds of one step; overlapping kernels count once, so that the parts and idle sum to it.
+
+    Of communication only the time counts in which nothing else runs.
+    """
 
     seconds: float
     idle_seconds: float
@@ -167,8 +173,10 @@ class Breakdown:
     """Part → phase → seconds."""
     kernels: list[Kernel] = field(default_factory=list)
     """The longest first."""
+    communication_seconds: float = 0.0
+    """In which something was on its way, whatever else ran."""
     source: str = ""
-    """Which lines of which plane."""
+    """Which lines of which plane; of several devices one."""
 
 
 def break_down(trace: Any, program: Program, steps: int) -> Breakdown | None:
@@ -185,7 +193,11 @@ def break_down(trace: Any, program: Program, steps: int) -> Breakdown | None:
     found: dict[tuple[str, str], Kernel] = {}
     covered = events[0].start_ns
     busy_ns = 0.0
+    computing = _union(event for event in events if not _is_collective(event))
+    communicating = _union(event for event in events if _is_collective(event))
     for event in events:
+        if _is_collective(event):
+            continue
         new_ns = max(0.0, event.stop_ns - max(event.start_ns, covered))
         covered = max(covered, event.stop_ns)
         busy_ns += new_ns
@@ -195,12 +207,46 @@ def break_down(trace: Any, program: Program, steps: int) -> Breakdown | None:
             found[key] = _kernel(event, instruction, program)
         found[key].seconds += new_ns / 1e9 / steps
         found[key].runs += 1
-    seconds = (covered - events[0].start_ns) / 1e9 / steps
+    last_ns = max(event.stop_ns for event in events)
+    seconds = (last_ns - events[0].start_ns) / 1e9 / steps
+    exposed_ns = _length(_union_of(computing, communicating)) - _length(computing)
     parts = {part: dict.fromkeys(PHASES, 0.0) for part in PARTS}
     for kernel in found.values():
         parts[kernel.part][kernel.phase] += kernel.seconds
+    parts[EXPOSED]["forward"] = exposed_ns / 1e9 / steps
     kernels = sorted(found.values(), key=lambda kernel: -kernel.seconds)
-    return Breakdown(seconds, seconds - busy_ns / 1e9 / steps, parts, kernels, source)
+    idle_seconds = seconds - (busy_ns + exposed_ns) / 1e9 / steps
+    communication = _length(communicating) / 1e9 / steps
+    return Breakdown(seconds, idle_seconds, parts, kernels, communication, source)
+
+
+_Spans = list[tuple[float, float]]
+
+
+def _is_collective(event: Event) -> bool:
+    return _COLLECTIVE_KERNEL.search(event.name) is not None
+
+
+def _union(events: Iterable[Event]) -> _Spans:
+    return _merged([(event.start_ns, event.stop_ns) for event in events])
+
+
+def _union_of(one: _Spans, other: _Spans) -> _Spans:
+    return _merged([*one, *other])
+
+
+def _merged(spans: _Spans) -> _Spans:
+    merged: _Spans = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _length(spans: _Spans) -> float:
+    return sum(stop - start for start, stop in spans)
 
 
 def _kernel(event: Event, instruction: str, program: Program) -> Kernel:
@@ -241,7 +287,7 @@ def phase_of(op_name: str) -> str:
 
 
 def _events(trace: Any) -> tuple[list[Event], str]:
-    planes = [p for p in trace.planes if p.name.startswith("/device:GPU:")]
+    planes = [p for p in trace.planes if p.name.startswith("/device:GPU:")][:1]
     if planes:
         # Other lines of the plane say the same again, by operation or by module.
         lines = [line for plane in planes for line in plane.lines if "Stream" in line.name]
@@ -292,6 +338,11 @@ def table(found: Breakdown) -> list[str]:
     idle = found.idle_seconds
     lines.append(f"{'idle':36}{'':36}{1e3 * idle:10.2f}{idle / found.seconds:8.1%}")
     lines.append(f"{'step under the profile':36}{'':36}{1e3 * found.seconds:10.2f}")
+    if found.communication_seconds:
+        share = found.parts[EXPOSED]["forward"] / found.communication_seconds
+        lines.append(
+            f"communication {1e3 * found.communication_seconds:.2f} ms, {share:.1%} of it exposed"
+        )
     return lines
 
 

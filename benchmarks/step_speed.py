@@ -1,7 +1,8 @@
-"""The training step on one device: time, memory, compilation, and where the time goes.
+"""The training step: time, memory, compilation, and where the time goes.
 
 `python -m benchmarks.step_speed --out DIR` makes the step as `retort train` does, on batches in
-memory that are shaped as a store's, each configuration in a process of its own. Beside each stand
+memory that are shaped as a store's, each configuration in a process of its own, on one device or
+with `--fsdp N` on several; tokens/s are then of all of them, all else of one. Beside each stand
 the rate of a large matrix product and of a copy in the same process. With `--profile` the step is
 also cut into parts. `records.jsonl` under `--out` has all of it, `*.parts.txt` every kernel.
 """
@@ -121,13 +122,14 @@ class Setting:
             store="",
             out=Path(),
             model=options.model,
-            batch_sequences=options.rows,
+            batch_sequences=options.rows * options.fsdp,
+            mesh=MeshConfig(fsdp=options.fsdp),
             remat=remat,
             attention=options.attention,
             loss_chunk_tokens=options.chunk_tokens,
             dtype=options.dtype,
         )
-        self.mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        self.mesh = meshes.make_mesh(self.config.mesh, jax.devices()[: options.fsdp])
         self.kernel = attention.resolve(
             options.attention,
             self.model,
@@ -138,7 +140,7 @@ class Setting:
         sampler = SamplerConfig(entries_per_token=entries)
         self.targets = TargetsManifest(
             tokens_fingerprint="",
-            num_sequences=options.rows,
+            num_sequences=self.config.batch_sequences,
             sequence_tokens=options.tokens,
             shard_sequences=options.rows,
             teacher=TeacherInfo(
@@ -155,7 +157,9 @@ class Setting:
         )
         self.head = make_head(self.model, self.vocab, self.targets, self.config.loss_chunk_tokens)
         self.abstract = abstract_state(self.model, self.config, self.mesh)
-        self.abstract_batch = abstract_batch(options.rows, options.tokens, self.targets, self.mesh)
+        self.abstract_batch = abstract_batch(
+            self.config.batch_sequences, options.tokens, self.targets, self.mesh
+        )
 
     @property
     def name(self) -> str:
@@ -179,7 +183,7 @@ class Setting:
     def make_batch(self, seed: int) -> tuple[Batch, Documents, float]:
         """(the batch on the device, its documents, mean entries of a predicted position)."""
         random = np.random.default_rng(seed)
-        rows, length = self.options.rows, self.options.tokens
+        rows, length = self.config.batch_sequences, self.options.tokens
         one_document = self.options.documents <= 1
         documents = make_documents(
             random, rows, length, None if one_document else self.options.documents
@@ -233,6 +237,7 @@ def run(setting: Setting, rates: Rates, out: Path) -> dict[str, Any]:
     record: dict[str, Any] = {
         "model": options.model,
         "rows": options.rows,
+        "fsdp": options.fsdp,
         "tokens": options.tokens,
         "entries": setting.entries,
         "remat": setting.remat,
@@ -250,7 +255,8 @@ def run(setting: Setting, rates: Rates, out: Path) -> dict[str, Any]:
         "compile_seconds": compiled_seconds,
     }
     say(
-        f"{options.model} {options.rows} x {options.tokens}, {setting.entries} entries, remat "
+        f"{options.model} {options.fsdp} x {options.rows} x {options.tokens}, {setting.entries} "
+        f"entries, remat "
         f"{setting.remat}, attention {setting.kernel}: traced in {traced_seconds:.1f} s, compiled "
         f"in {compiled_seconds:.1f} s; temporary {counted.temp_size_in_bytes / GIB:.1f} + "
         f"arguments {counted.argument_size_in_bytes / GIB:.1f} GiB"
@@ -292,9 +298,9 @@ def time_steps(setting: Setting, compiled: Any, rates: Rates, out: Path) -> dict
     step_seconds = statistics.median(seconds[WARM_UP:])
     work = [training_flops(setting.model, documents) for _, documents, _ in made]
     by_part = {name: statistics.mean(each[name] for each in work) for name in work[0]}
-    per_second = {name: value / step_seconds for name, value in by_part.items()}
+    per_second = {name: value / step_seconds / options.fsdp for name, value in by_part.items()}
     total = sum(per_second.values())
-    tokens_per_second = options.rows * options.tokens / step_seconds
+    tokens_per_second = setting.config.batch_sequences * options.tokens / step_seconds
     finite = all(map(math.isfinite, (*losses, grad_norm)))
     say(f"  {rates}")
     say(
@@ -391,7 +397,8 @@ def say(line: str) -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="gemma2-2.6b", help="preset, or a file of a ModelConfig")
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=2, help="of each device")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices, among which all is cut")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--entries", type=int, nargs="+", default=[12, 32])
     parser.add_argument("--remat", nargs="+", default=["dots"])
