@@ -32,6 +32,9 @@ _MODEL_DIMENSION = {
     "query": -1, "key": -1, "value": -1, "gate": -1, "up": -1,
     "output": -2, "down": -2, "embedding": -2,
 }  # fmt: skip
+# Parts of a first dimension that are a multiple of this are preferred. A gradient cut on its last
+# dimension leaves the reduce-scatter transposed, which costs the optimizer 7 % of a step of 9B.
+_PREFERRED_MULTIPLE = 128
 # Assumed: below this an all-gather's latency costs more than the bytes that sharding saves.
 REPLICATED_ELEMENTS = 2**12
 # Assumed: above this, 4 MiB of float32, a copy on every device is a mistake to be told about.
@@ -41,9 +44,9 @@ LARGE_ELEMENTS = 2**20
 def partition(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """Where one array of the parameters, or of the optimizer's state, lies.
 
-    Cut by `model` as the table above says, and by `fsdp` on the largest dimension that divides; in
-    that order where it is the same. Small arrays are replicated. Raises ConfigError for a large one
-    of which no dimension divides.
+    Cut by `model` as the table above says, and by `fsdp` on the first dimension if that leaves each
+    device a multiple of 128, else on the largest that divides; in that order where it is the same.
+    Small arrays are replicated. Raises ConfigError for a large one of which no dimension divides.
     """
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     # Layer pairs are stacked on axis 0, which the scan slices: it must be whole on each device.
@@ -62,6 +65,8 @@ def partition(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
         dividing = [axis for axis in range(first, len(shape)) if left[axis] % parts == 0]
         if dividing:
             chosen = max(dividing, key=lambda axis: left[axis])
+            if left[first] % (parts * _PREFERRED_MULTIPLE) == 0:
+                chosen = first
             cuts[chosen] = (*cuts[chosen], "fsdp")
         elif math.prod(shape) >= LARGE_ELEMENTS:
             raise ConfigError(

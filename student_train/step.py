@@ -381,7 +381,15 @@ def make_train_step(
         in_shardings=(where, meshes.rows_sharding(mesh)),
         out_shardings=(where, everywhere),
         donate_argnums=0,
+        compiler_options=_compiler_options(mesh),
     )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """On several GPUs, weights and gradients are on their way while others are computed with."""
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+        return None
+    return {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
 def make_norms(config: TrainConfig) -> Callable[[State], Norms]:

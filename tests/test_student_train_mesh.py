@@ -229,6 +229,9 @@ def test_what_model_cuts_adds_up_where_it_must() -> None:
         (("pairs", "attention", "query", "kernel"), (2, 512, 64), P(None, "fsdp", "model")),
         (("pairs", "attention", "output", "kernel"), (2, 64, 512), P(None, "model", "fsdp")),
         (("pairs", "mlp", "down", "kernel"), (2, 512, 64), P(None, ("model", "fsdp"))),
+        # The first dimension in parts of 128, though another is larger.
+        (("pairs", "mlp", "gate", "kernel"), (2, 256, 4096), P(None, "fsdp", "model")),
+        (("pairs", "mlp", "gate", "kernel"), (2, 192, 4096), P(None, None, ("model", "fsdp"))),
         (("embedding",), (4096, 64), P(("model", "fsdp"))),
         (("embedding",), (4, 2**12), P("model", "fsdp")),
         (("pairs", "pre_mlp_norm", "weight"), (2, 64), P()),
