@@ -41,6 +41,7 @@ def tokenize(
     """
     started = time.monotonic()
     _read_corpus.cache_clear()
+    documents.check(config.corpus)
     manifest = _plan(config, console, options)
     planned = time.monotonic()
     storage.sweep_locks(config.store)

@@ -94,6 +94,14 @@ class Index:
         return order, self.tokens[order].astype(np.int64)
 
 
+def check(config: CorpusConfig) -> None:
+    """Raise ConfigError or MissingDependencyError if a filter that is on cannot be had here."""
+    filters.make(config, lambda: _evaluation_ngrams(config.decontamination))
+    Masker(config.masking)
+    if config.duplicates.near:
+        duplicates.Signer(config.duplicates)
+
+
 def count(parts: Sequence[Part], config: CorpusConfig, tokenizer: Tokenizer) -> CountedSplit:
     """Read, filter and tokenize a split. Raises ConfigError if a file cannot be reached."""
     reader = _Documents(config, tokenizer)

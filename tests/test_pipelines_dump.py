@@ -174,10 +174,9 @@ def test_a_changed_input_is_refused(world, tmp_path):
 def test_a_workers_error_reaches_the_user_as_one_sentence(world, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    (corpus / "a.jsonl").write_text('{"text": "fine"}\n')
-    found = CorpusConfig(paths=(str(corpus),), scorer={"function": "no.such.module:score"})
-    config = tokenize_config(world, tmp_path / "store", corpus=found)
-    with pytest.raises(ConfigError, match=r"must be importable where the job runs, but no\.such"):
+    (corpus / "a.jsonl").symlink_to(corpus / "absent")
+    config = tokenize_config(world, tmp_path / "store", corpus=CorpusConfig(paths=(str(corpus),)))
+    with pytest.raises(ConfigError, match=r"must be readable, but .*a\.jsonl is not"):
         tokenize.tokenize(config, QUIET)
 
 

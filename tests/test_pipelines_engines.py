@@ -16,8 +16,8 @@ from rich.console import Console
 from logit_store.verify import verify
 from pipelines import cli, dump, runner, tokenize
 from pipelines.runner import Engine
-from schemas.corpus import CorpusConfig, ScorerConfig
 from schemas.errors import ConfigError
+from schemas.runs import CorpusConfig
 
 QUIET = Console(quiet=True)
 WORKERS = 3
@@ -140,12 +140,11 @@ def test_an_error_of_a_dask_worker_is_the_users_sentence(
     world: Path, scheduler: str, tmp_path: Path
 ) -> None:
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "fine"}\n')
-    scorer = ScorerConfig(function="no.such.module:score")
-    corpus = CorpusConfig(paths=(str(tmp_path / "corpus"),), scorer=scorer)
+    (tmp_path / "corpus" / "a.jsonl").symlink_to(tmp_path / "absent")
+    corpus = CorpusConfig(paths=(str(tmp_path / "corpus"),))
     config = tokenize_config(world, tmp_path / "store", corpus=corpus)
     options = Engine(runner="dask", scheduler=scheduler).options()
-    with pytest.raises(ConfigError, match=r"must be importable where the job runs, but no\.such"):
+    with pytest.raises(ConfigError, match=r"must be readable, but .*a\.jsonl is not"):
         tokenize.tokenize(config, QUIET, options)
 
 

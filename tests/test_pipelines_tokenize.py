@@ -76,7 +76,7 @@ def test_poison_is_written_down_and_stops_nothing(world: Path, tmp_path: Path) -
     (corpus / "f.parquet").write_bytes(b"PAR1 no")
     store = tmp_path / "store"
     settings = {"paths": [str(corpus)], "max_document_bytes": 20_000}
-    report, found = run(world, store, settings)
+    report, found = run(world, store, settings, split_bytes=10**6)
     assert found == good
     assert report.dead_letters == {
         "empty": 1,
@@ -97,8 +97,8 @@ def test_poison_is_written_down_and_stops_nothing(world: Path, tmp_path: Path) -
     places = [(Path(x.path).name, x.reason, x.line, x.byte) for x in letters]
     assert places[:3] == [
         ("b.jsonl", "not_utf8", 1, 0),
-        ("b.jsonl", "not_json", 2, 17),
-        ("b.jsonl", "no_text", 3, 32),
+        ("b.jsonl", "not_json", 2, POISON.index(b"\n") + 1),
+        ("b.jsonl", "no_text", 3, POISON.index(b'{"body"')),
     ]
     assert places[-3:] == [
         ("c.jsonl.gz", "unreadable", None, None),
