@@ -21,8 +21,8 @@ from logit_store import layout, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
 from pipelines import progress, runner, tokenize_plan, tokenize_view
 from pipelines.shards import write_missing
-from pipelines.tokenize_plan import CountSplit, Desk, IdentifySplit, SplitSpec
-from schemas.errors import ConfigError, StoreNotFoundError
+from pipelines.tokenize_plan import CountSplit, Desk, IdentifySplit
+from schemas.errors import ConfigError, ManifestMismatchError, StoreNotFoundError
 from schemas.manifest import Corpus, LedgerRecord, ShardSpec, Split, TokensManifest
 from schemas.runs import TokenizeConfig
 from teacher_dump import documents
@@ -82,24 +82,28 @@ def _plan(
             ):
                 runner.run(specs, IdentifySplit(config), "IdentifySplit", options)
             manifest, found = tokenize_plan.expected(existing, config, desk, specs)
-            writer.create_tokens(config.store, manifest, found)
-            desk.clear()
+            _create(desk, config, manifest, found)
+            desk.clear(others=True)
             return manifest
     known = desk.counts.get({spec.index: spec.run for spec in specs})
     missing = [spec for spec in specs if spec.index not in known]
     with progress.watch(console, "tokenize: counting", len(specs), "splits", desk.counts.count):
         runner.run(missing, CountSplit(config), "CountSplit", options)
     plan = tokenize_plan.put_together(config, desk, specs)
-    writer.create_tokens(config.store, plan.manifest, plan.corpus)
+    _create(desk, config, plan.manifest, plan.corpus)
     # Only now, as of two drivers with different configs the other may have won.
     tokenize_plan.write_files(config.store, plan.files)
-    desk.clear()
+    desk.clear(others=True)
     return plan.manifest
 
 
-def plan_splits(config: TokenizeConfig) -> list[SplitSpec]:
-    """The names of the splits, whose parts are then in the store."""
-    return Desk(config).lay_out()
+def _create(desk: Desk, config: TokenizeConfig, manifest: TokensManifest, found: Corpus) -> None:
+    """As `writer.create_tokens`; a plan that is refused leaves nothing in another's store."""
+    try:
+        writer.create_tokens(config.store, manifest, found)
+    except ManifestMismatchError:
+        desk.clear(others=False)
+        raise
 
 
 class WriteTokens(beam.DoFn):

@@ -37,7 +37,7 @@ from teacher_dump.corpus import Part
 from teacher_dump.documents import Columns
 from teacher_dump.tokenizer import Tokenizer
 
-_FOLDER = "plan/"
+FOLDER = "plan/"
 _THREADS = 16
 
 
@@ -139,12 +139,14 @@ class Desk:
 
     def __init__(self, config: TokenizeConfig):
         self._config = config
-        self.counts = Answers(config.store, f"{_FOLDER}counts/", SplitCount)
-        self.identities = Answers(config.store, f"{_FOLDER}identities/", SplitIdentity)
+        # Of two drivers with different configs neither may touch the other's.
+        self._folder = f"{FOLDER}{config.fingerprint()[:16]}/"
+        self.counts = Answers(config.store, f"{self._folder}counts/", SplitCount)
+        self.identities = Answers(config.store, f"{self._folder}identities/", SplitIdentity)
 
     @cached_property
     def _store(self) -> Any:
-        return storage.open_kvstore(self._config.store, _FOLDER)
+        return storage.open_kvstore(self._config.store, self._folder)
 
     def lay_out(self) -> list[SplitSpec]:
         """Cut the corpus into splits and write down what each is; equal files, equal specs."""
@@ -170,13 +172,10 @@ class Desk:
             storage.write_bytes(self._store, key, found)
 
     def parts(self, spec: SplitSpec) -> tuple[Part, ...]:
-        """Raises ConfigError if another driver has laid out another corpus meanwhile."""
-        raw = storage.read_bytes(self._store, _name("parts", spec.index))
-        if raw is None or hashlib.sha256(raw).hexdigest() != spec.parts_sha256:
-            raise ConfigError(
-                f"A store must be made by one config at a time, but another job plans "
-                f"{self._config.store} too; end one of them and run again."
-            )
+        """Raises ConfigError if another driver has finished or found other files meanwhile."""
+        raw = self._read("parts", spec.index)
+        if hashlib.sha256(raw).hexdigest() != spec.parts_sha256:
+            raise self._taken()
         return SplitParts.model_validate_json(raw).parts
 
     def put_columns(self, spec: SplitSpec, columns: Columns) -> None:
@@ -185,7 +184,7 @@ class Desk:
         storage.write_bytes(self._store, _name("columns", spec.index, spec.run), raw.getvalue())
 
     def columns(self, spec: SplitSpec) -> Columns:
-        raw = storage.read_bytes(self._store, _name("columns", spec.index, spec.run)) or b""
+        raw = self._read("columns", spec.index, spec.run)
         with np.load(io.BytesIO(raw), allow_pickle=False) as found:
             values = {name: found[name] for name in found.files}
         return Columns(tuple(values.pop("reasons").tolist()), values)
@@ -195,15 +194,32 @@ class Desk:
         storage.write_bytes(self._store, _name("letters", spec.index, spec.run), raw)
 
     def letters(self, spec: SplitSpec) -> bytes:
-        return storage.read_bytes(self._store, _name("letters", spec.index, spec.run)) or b""
+        return self._read("letters", spec.index, spec.run)
 
-    def clear(self) -> None:
-        """Take all away; for the driver alone."""
+    def counted(self, specs: Sequence[SplitSpec]) -> list[SplitCount]:
+        """What was counted of every split. Raises ConfigError if something is gone."""
+        found = self.counts.get({spec.index: spec.run for spec in specs})
+        if len(found) < len(specs):
+            raise self._taken()
+        return [found[spec.index] for spec in specs]
+
+    def clear(self, others: bool) -> None:
+        """Take all away, and what runs with other configs left, if so; for the driver alone."""
+        store = storage.open_kvstore(self._config.store, FOLDER) if others else self._store
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(lambda key: storage.delete(self._store, key), self._keys()))
+            list(pool.map(lambda key: storage.delete(store, key), storage.list_keys(store)))
 
-    def _keys(self) -> list[str]:
-        return storage.list_keys(self._store)
+    def _read(self, kind: str, index: int, run: str = "") -> bytes:
+        raw = storage.read_bytes(self._store, _name(kind, index, run))
+        if raw is None:
+            raise self._taken()
+        return raw
+
+    def _taken(self) -> ConfigError:
+        return ConfigError(
+            f"A store must be planned by one job at a time, but another plans or has planned "
+            f"{self._config.store} meanwhile; run again when it has ended."
+        )
 
 
 def recipe(config: TokenizeConfig) -> dict[str, object] | None:
@@ -217,7 +233,7 @@ def recipe(config: TokenizeConfig) -> dict[str, object] | None:
 
 def put_together(config: TokenizeConfig, desk: Desk, specs: Sequence[SplitSpec]) -> Found:
     """Decide what is taken, and take the prefix sum. Raises ConfigError if nothing is."""
-    counts = desk.counts.get({spec.index: spec.run for spec in specs})
+    counts = desk.counted(specs)
     parts = [desk.parts(spec) for spec in specs]
     groups = [
         [(part.group, file.records) for part, file in zip(some, counts[i].files, strict=True)]
@@ -373,13 +389,13 @@ def _place(source: SourceFile) -> SourceFile:
 
 def _report(
     config: TokenizeConfig,
-    counts: dict[int, SplitCount],
+    counts: Sequence[SplitCount],
     chosen: selection.Selection,
     sources: Sequence[SourceFile],
     splits: Sequence[Split],
 ) -> CorpusReport:
     letters, masked = Counter[str](), Counter[str]()
-    for count in counts.values():
+    for count in counts:
         letters.update(count.dead_letters)
         masked.update(count.masked)
     rows = splits[-1].stop_row if splits else 0
@@ -393,8 +409,7 @@ def _report(
         documents_kept=sum(int((index.copies > 0).sum()) for index in chosen.indices),
         dropped=chosen.dropped,
         dead_letters=dict(sorted(letters.items())),
-        unlisted_dead_letters=letters.total()
-        - sum(count.listed_dead_letters for count in counts.values()),
+        unlisted_dead_letters=letters.total() - sum(count.listed_dead_letters for count in counts),
         masked=dict(sorted(masked.items())),
         documents=sum(source.documents for source in sources),
         text_bytes=sum(source.text_bytes for source in sources),
