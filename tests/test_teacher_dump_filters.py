@@ -58,7 +58,11 @@ def test_gophers_rules_pass_prose_and_drop_tables() -> None:
 def test_a_blocklist_has_whole_words_and_phrases(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("# comment\n\nBad\nvery  poor\n")
-    for text, hits in (("badly done, not abad", 0), ("a bad, BAD thing", 2), ("very\npoor comment", 1)):
+    for text, hits in (
+        ("badly done, not abad", 0),
+        ("a bad, BAD thing", 2),
+        ("very\npoor comment", 1),
+    ):
         for allowed in range(3):
             found = reason(text, blocklist={"file": str(path), "max_hits": allowed})
             assert found == ("blocklist" if hits > allowed else None)
