@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 # On Linux the plain wheel of torch brings CUDA; any CPU build of this version will do for the tests.
 # libtpu (0.7 GB) compiles for TPUs on any machine.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev,torch,tpu]' --constraint constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev,torch,tpu,corpus]' --constraint constraints.txt
 	touch $@
 
 clean:

@@ -17,6 +17,9 @@ GROUP_KEY = "zarr.json"
 LEDGER = "ledger/"
 TARGETS = "targets/"
 CORPUS = "corpus/"
+DOCUMENTS = "documents/"
+DEAD_LETTERS = "dead_letters/"
+REPORT_KEY = "corpus_report.json"
 COPIES = "copies/"
 """Of all that a store cannot lose and that nothing else tells, for `retort repair`."""
 MANIFEST_ATTRIBUTE = "retort"
@@ -190,6 +193,16 @@ def table_copy_key(name: str, table: str) -> str:
 def corpus_key(manifest: TokensManifest) -> str:
     """Key of the list of source files; named by its content, so that no two drivers share one."""
     return f"{CORPUS}{manifest.corpus.sha256}.json"
+
+
+def documents_key(split: int) -> str:
+    """Key of a split's records: uint32 tokens of each, then uint8 how often each is taken."""
+    return f"{DOCUMENTS}{split:08d}.bin"
+
+
+def dead_letters_key(split: int) -> str:
+    """Key of a split's dead letters, a JSON document a line."""
+    return f"{DEAD_LETTERS}{split:08d}.jsonl"
 
 
 def array_json(spec: ArraySpec) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 from logit_store import layout, storage
 from schemas.base import canonical_json
@@ -11,7 +12,15 @@ from schemas.errors import (
     FormatVersionError,
     StoreNotFoundError,
 )
-from schemas.manifest import FORMAT_VERSION, Corpus, Manifest, TargetsManifest, TokensManifest
+from schemas.manifest import (
+    FORMAT_VERSION,
+    Corpus,
+    CorpusReport,
+    DeadLetter,
+    Manifest,
+    TargetsManifest,
+    TokensManifest,
+)
 
 
 def read_manifest(url: str, name: str | None) -> Manifest:
@@ -71,6 +80,31 @@ def read_corpus(url: str, manifest: TokensManifest) -> Corpus:
             "another; restore it, or make the store again."
         )
     return Corpus.parse(json.loads(raw), f"{url}: {key}")
+
+
+def corpus_files(corpus: Corpus) -> dict[str, str]:
+    """SHA-256 of what lies beside the list of sources, by key."""
+    files = {} if corpus.report_sha256 is None else {layout.REPORT_KEY: corpus.report_sha256}
+    for number, split in enumerate(corpus.splits):
+        if split.documents_sha256 is not None:
+            files[layout.documents_key(number)] = split.documents_sha256
+        if split.dead_letters_sha256 is not None:
+            files[layout.dead_letters_key(number)] = split.dead_letters_sha256
+    return files
+
+
+def read_report(url: str) -> CorpusReport | None:
+    """What became of the corpus, or None of a store that does not say."""
+    raw = storage.read_bytes(storage.open_kvstore(url), layout.REPORT_KEY)
+    return None if raw is None else CorpusReport.parse(json.loads(raw), layout.REPORT_KEY)
+
+
+def read_dead_letters(url: str) -> Iterator[DeadLetter]:
+    """All that are written down, in the corpus's order."""
+    store = storage.open_kvstore(url, layout.DEAD_LETTERS)
+    for key in storage.list_keys(store):
+        for line in (storage.read_bytes(store, key) or b"").splitlines():
+            yield DeadLetter.parse(json.loads(line), f"{url}: {layout.DEAD_LETTERS}{key}")
 
 
 def list_targets(url: str) -> list[str]:

@@ -132,9 +132,11 @@ class _Repair:
             if problem.file in known:
                 self._put(problem.file, known[problem.file], "written again from the manifest")
             else:
-                self.outcome.left.append(
-                    f"{problem.file}: {problem.what}; `retort tokenize` needs it"
+                of_corpus = problem.file.startswith(layout.CORPUS)
+                remedy = (
+                    "`retort tokenize` needs it" if of_corpus else "`retort tokenize` writes it"
                 )
+                self.outcome.left.append(f"{problem.file}: {problem.what}; {remedy}")
 
     def _tables(self, manifest: TargetsManifest, problems: list[Problem]) -> None:
         for problem in problems:

@@ -6,6 +6,7 @@ the store's keys, about 100 bytes each.
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from logit_store.ledger import Ledger, shard_spec
 from logit_store.rows import TargetRows, check_targets, check_tokens, tokens_statistics
 from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
 from schemas.manifest import (
+    Corpus,
     LedgerRecord,
     Manifest,
     ShardSpec,
@@ -182,6 +184,15 @@ class _Check:
             return
         self.report.files += 1
         self.report.bytes += len(raw)
+        for file, sha256 in manifests.corpus_files(Corpus.parse(json.loads(raw), key)).items():
+            self._known.add(file)
+            found = storage.read_bytes(self._store, file)
+            if found is None or hashlib.sha256(found).hexdigest() != sha256:
+                what = "it is missing or another than the list of sources says"
+                self._problem("metadata", file, what)
+                continue
+            self.report.files += 1
+            self.report.bytes += len(found)
 
     def _tables(self, name: str, manifest: TargetsManifest) -> None:
         """Each table must be the manifest's, and its copy the same bytes."""

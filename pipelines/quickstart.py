@@ -34,7 +34,7 @@ from schemas.runs import (
     TrainConfig,
 )
 from student_train.loop import TrainResult
-from teacher_dump import corpus
+from teacher_dump import corpus, documents
 from teacher_dump import tokenizer as tokenizers
 
 HELD_OUT_PERCENT = 5
@@ -224,7 +224,7 @@ def _select(paths: tuple[str, ...], size: Size, is_default: bool) -> Iterator[tu
     ]
     files.sort(key=lambda file: hashlib.sha256(Path(file.path).name.encode()).digest())
     for file in files:
-        _, texts = corpus.read_file(file.path, settings)
+        texts = list(documents.file_texts(file.path, settings))
         for number, text in enumerate(texts):
             digest = hashlib.sha256(text.encode()).digest()
             if digest in seen:
@@ -267,7 +267,7 @@ def _train_tokenizer(out: Path, size: Size, console: Console) -> Path:
         return path
     started = time.monotonic()
     settings = CorpusConfig(paths=_corpus_paths(out, "teacher"))
-    texts = (text for file in settings.paths for text in corpus.read_file(file, settings)[1])
+    texts = (text for file in settings.paths for text in documents.file_texts(file, settings))
     with console.status(f"training a tokenizer of {size.vocab_size} pieces"):
         tokenizers.train(texts, path, vocab_size=size.vocab_size)
     console.print(f"tokenizer: {size.vocab_size} pieces in {time.monotonic() - started:.1f} s")

@@ -1,54 +1,34 @@
 """`retort tokenize`: documents to packed sequences in a store, as two Beam passes.
 
-Pass 1 counts: each split (a run of input files) reports how many sequences it packs into. The
-driver takes the prefix sum, which gives every split its rows, and writes the manifest. Pass 2
-writes: each shard packs the splits that overlap it again and commits its rows. Packing is a pure
-function of a split's files, so any runner, number of workers and retry give the same store.
+Pass 1 counts: each split (a run of input files, or a part of a large one) reports its documents.
+The driver decides which are taken, takes the prefix sum, which gives every split its rows, and
+writes the manifest (`pipelines.tokenize_plan`). Pass 2 writes: each shard reads the splits that
+overlap it again, tokenizes what its rows need and commits them. Packing is a pure function of a
+split's files and of what was decided, so any runner, number of workers and retry give the same
+store.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from functools import lru_cache
 
 import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
-from pydantic import Field
 from rich.console import Console
 
-from logit_store import manifests, reader, storage, writer
+from logit_store import layout, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
-from pipelines import progress, runner, software
-from pipelines.answers import Answer, Answers
+from pipelines import progress, runner, tokenize_plan, tokenize_view
 from pipelines.shards import write_missing
-from schemas.base import Document
-from schemas.errors import ConfigError, StoreNotFoundError
-from schemas.manifest import (
-    Corpus,
-    LedgerRecord,
-    ShardSpec,
-    SourceFile,
-    Split,
-    TokensManifest,
-)
+from pipelines.tokenize_plan import CountSplit, Desk, IdentifySplit
+from schemas.errors import ConfigError, ManifestMismatchError, StoreNotFoundError
+from schemas.manifest import Corpus, LedgerRecord, ShardSpec, Split, TokensManifest
 from schemas.runs import TokenizeConfig
-from teacher_dump import corpus, packing
+from teacher_dump import documents
+from teacher_dump.corpus import Part
+from teacher_dump.documents import Index
 from teacher_dump.tokenizer import Tokenizer
-
-
-class SplitSpec(Document):
-    """The name of one split to count: a run of the sorted input files."""
-
-    index: int = Field(ge=0)
-    first_file: int = Field(ge=0)
-    paths: tuple[str, ...]
-
-
-class SplitCount(Answer):
-    """What pass 1 learned of one split; `run` is of the config, the tokenizer and the split."""
-
-    sources: tuple[SourceFile, ...]
-    rows: int
-    tokens: int
 
 
 def tokenize(
@@ -59,10 +39,11 @@ def tokenize(
     A finished store is left as it is if the inputs are unchanged. Raises ManifestMismatchError if
     the store was made from other inputs or settings, ConfigError if there is nothing to tokenize.
     """
-    _pack.cache_clear()
-    manifest, sources = _plan(config, console, options)
-    writer.create_tokens(config.store, manifest, sources)
-    _counts(config).forget()
+    started = time.monotonic()
+    _read_corpus.cache_clear()
+    documents.check(config.corpus)
+    manifest = _plan(config, console, options)
+    planned = time.monotonic()
     storage.sweep_locks(config.store)
     written, reused = write_missing(
         Ledger(config.store, None, manifest),
@@ -72,6 +53,10 @@ def tokenize(
         verb="tokenize",
         stage="tokenize: writing",
     )
+    report = manifests.read_report(config.store)
+    if report is not None:
+        seconds = (planned - started, time.monotonic() - planned) if written else None
+        console.print(tokenize_view.text(report, config.store, seconds))
     if not written:
         return f"tokens are complete: all {reused} shards reused"
     return f"tokens: {written} shards written, {reused} reused"
@@ -79,93 +64,46 @@ def tokenize(
 
 def _plan(
     config: TokenizeConfig, console: Console, options: PipelineOptions | None
-) -> tuple[TokensManifest, Corpus]:
-    """Pass 1 and the prefix sum. Counts that an interrupted run left are used again."""
-    tokenizer = Tokenizer.load(config.tokenizer)
-    specs = plan_splits(config)
+) -> TokensManifest:
+    """Pass 1 and what follows from it, up to an empty store. What an interrupted run left is used.
+
+    Of a store that is there already only the files' hashes are compared.
+    """
+    desk = Desk(config)
+    specs = desk.lay_out()
     existing = _existing_manifest(config)
     if existing is not None:
-        return _expected_manifest(existing, config, specs)
-    counts = _counts(config)
-    runs = {spec.index: _run(config, spec) for spec in specs}
-    known = counts.get(runs)
+        before = manifests.read_corpus(config.store, existing)
+        if tokenize_plan.files_are_whole(config.store, before):
+            # Those of an earlier run may be of other files.
+            desk.identities.forget()
+            with progress.watch(
+                console, "tokenize: checking", len(specs), "splits", desk.identities.count
+            ):
+                runner.run(specs, IdentifySplit(config), "IdentifySplit", options)
+            manifest, found = tokenize_plan.expected(existing, config, desk, specs)
+            _create(desk, config, manifest, found)
+            desk.clear(others=True)
+            return manifest
+    known = desk.counts.get({spec.index: spec.run for spec in specs})
     missing = [spec for spec in specs if spec.index not in known]
-    with progress.watch(
-        console,
-        "tokenize: counting",
-        len(specs),
-        "splits",
-        counts.count,
-    ):
+    with progress.watch(console, "tokenize: counting", len(specs), "splits", desk.counts.count):
         runner.run(missing, CountSplit(config), "CountSplit", options)
-    known = counts.get(runs)
-    sources: list[SourceFile] = []
-    splits: list[Split] = []
-    row = 0
-    for spec in specs:
-        count = known[spec.index]
-        sources.extend(count.sources)
-        splits.append(
-            Split(
-                first_file=spec.first_file,
-                stop_file=spec.first_file + len(spec.paths),
-                first_row=row,
-                stop_row=row + count.rows,
-                tokens=count.tokens,
-            )
-        )
-        row += count.rows
-    if row == 0:
-        raise ConfigError(
-            f"A corpus must hold at least one document, but none of the {len(sources)} files of "
-            f"{', '.join(config.corpus.paths)} has one that passes the filters; check corpus.*."
-        )
-    found = Corpus(sources=tuple(sources), splits=tuple(splits))
-    manifest = TokensManifest(
-        tokenizer=tokenizer.info,
-        num_sequences=row,
-        sequence_tokens=config.sequence_tokens,
-        shard_sequences=config.shard_sequences,
-        corpus=found.summary(),
-        software=software.versions(),
-    )
-    return manifest, found
+    plan = tokenize_plan.put_together(config, desk, specs)
+    _create(desk, config, plan.manifest, plan.corpus)
+    # Only now, as of two drivers with different configs the other may have won.
+    tokenize_plan.write_files(config.store, plan.files)
+    desk.clear(others=True)
+    return plan.manifest
 
 
-def plan_splits(config: TokenizeConfig) -> list[SplitSpec]:
-    """The sorted input files in runs of about `config.split_bytes`."""
-    splits: list[SplitSpec] = []
-    paths: list[str] = []
-    first = size = 0
-    files = corpus.list_files(config.corpus)
-    for index, file in enumerate(files):
-        if paths and size + file.size_bytes > config.split_bytes:
-            splits.append(SplitSpec(index=len(splits), first_file=first, paths=tuple(paths)))
-            paths, first, size = [], index, 0
-        paths.append(file.path)
-        size += file.size_bytes
-    if paths:
-        splits.append(SplitSpec(index=len(splits), first_file=first, paths=tuple(paths)))
-    return splits
-
-
-class CountSplit(beam.DoFn):
-    """A split's name in, its count out; the count itself goes to the store."""
-
-    def __init__(self, config: TokenizeConfig):
-        self._config = config
-
-    def process(self, element: str) -> Iterator[int]:
-        spec = SplitSpec.model_validate_json(element)
-        sources, tokens, segment_ids = _pack(self._config, spec.paths)
-        count = SplitCount(
-            run=_run(self._config, spec),
-            sources=sources,
-            rows=len(tokens),
-            tokens=int(np.count_nonzero(segment_ids)),
-        )
-        _counts(self._config).put(spec.index, count)
-        yield spec.index
+def _create(desk: Desk, config: TokenizeConfig, manifest: TokensManifest, found: Corpus) -> None:
+    """As `writer.create_tokens`; a plan that is refused leaves nothing in another's store."""
+    try:
+        writer.create_tokens(config.store, manifest, found)
+    except ManifestMismatchError:
+        desk.clear(others=False)
+        raise
 
 
 class WriteTokens(beam.DoFn):
@@ -189,23 +127,47 @@ def write_shard(config: TokenizeConfig, spec: ShardSpec) -> LedgerRecord:
     tokens: list[np.ndarray] = []
     segment_ids: list[np.ndarray] = []
     whole = _read_corpus(config.store, manifest.corpus.sha256)
-    for split in whole.splits:
+    for number, split in enumerate(whole.splits):
         first, stop = max(spec.first_row, split.first_row), min(spec.stop_row, split.stop_row)
         if first >= stop:
             continue
-        expected = whole.sources[split.first_file : split.stop_file]
-        sources, split_tokens, split_segments = _pack(config, tuple(s.path for s in expected))
-        for before, now in zip(expected, sources, strict=True):
-            if before != now:
-                raise ConfigError(
-                    f"Inputs must not change while they are tokenized, but {now.path} hashed to "
-                    f"{before.sha256} when it was counted and to {now.sha256} now; start a new "
-                    "store."
-                )
-        rows = slice(first - split.first_row, stop - split.first_row)
-        tokens.append(split_tokens[rows])
-        segment_ids.append(split_segments[rows])
+        rows = _rows(config, whole, number, first - split.first_row, stop - split.first_row)
+        tokens.append(rows[0])
+        segment_ids.append(rows[1])
     return tokens_writer.write(spec, np.concatenate(tokens), np.concatenate(segment_ids))
+
+
+def _rows(
+    config: TokenizeConfig, whole: Corpus, number: int, first: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [R, L] and segment ids uint16 [R, L] of some rows of a split."""
+    split = whole.splits[number]
+    sources = whole.sources[split.first_file : split.stop_file]
+    index = _index(config.store, number, split)
+    parts = [
+        Part(path=s.path, group=s.group or 0, part=s.part, size_bytes=s.size_bytes) for s in sources
+    ]
+    tokenizer = Tokenizer.load(config.tokenizer)
+    found = documents.rows(
+        parts, config.corpus, tokenizer, index, first, stop, config.sequence_tokens
+    )
+    now = (
+        [documents.identify(part, config.corpus, tokenizer) for part in parts]
+        if found is None
+        else found[2]
+    )
+    for source, (size_bytes, sha256) in zip(sources, now, strict=True):
+        if (source.size_bytes, source.sha256) != (size_bytes, sha256):
+            raise ConfigError(
+                f"Inputs must not change while they are tokenized, but {source.path} hashed to "
+                f"{source.sha256} when it was counted and to {sha256} now; start a new store."
+            )
+    if found is None:
+        raise ConfigError(
+            f"Equal files must give equal tokens, but those of {sources[0].path} and "
+            f"{len(sources) - 1} more do not; use the version of retort that began the store."
+        )
+    return found[:2]
 
 
 @lru_cache(maxsize=1)
@@ -214,25 +176,15 @@ def _read_corpus(store: str, sha256: str) -> Corpus:
     return manifests.read_corpus(store, reader.TokensReader(store).manifest)
 
 
-@lru_cache(maxsize=2)
-def _pack(
-    config: TokenizeConfig, paths: tuple[str, ...]
-) -> tuple[tuple[SourceFile, ...], np.ndarray, np.ndarray]:
-    """One split's sources, tokens int32 [rows, L] and segment ids uint16 [rows, L].
-
-    The last two splits are kept, as neighbouring shards share one.
-    """
-    tokenizer = Tokenizer.load(config.tokenizer)
-    sources: list[SourceFile] = []
-    documents: list[np.ndarray] = []
-    for path in paths:
-        source, texts = corpus.read_file(path, config.corpus)
-        sources.append(source)
-        documents.extend(tokenizer.encode_document(text) for text in texts)
-    tokens, segment_ids = packing.pack(
-        documents, config.sequence_tokens, pad_id=tokenizer.info.pad_id
-    )
-    return tuple(sources), tokens, segment_ids
+def _index(store: str, number: int, split: Split) -> Index:
+    """Raises ConfigError if the store has none."""
+    raw = storage.read_bytes(storage.open_kvstore(store), layout.documents_key(number))
+    if raw is None or split.documents_sha256 is None:
+        raise ConfigError(
+            f"A store is continued only with its {layout.DOCUMENTS}, but {store} has none of split "
+            f"{number}; run `retort tokenize` anew, or into a new store if an older one made it."
+        )
+    return Index.from_bytes(raw)
 
 
 def _existing_manifest(config: TokenizeConfig) -> TokensManifest | None:
@@ -240,41 +192,3 @@ def _existing_manifest(config: TokenizeConfig) -> TokensManifest | None:
         return reader.TokensReader(config.store).manifest
     except StoreNotFoundError:
         return None
-
-
-def _expected_manifest(
-    existing: TokensManifest, config: TokenizeConfig, specs: Sequence[SplitSpec]
-) -> tuple[TokensManifest, Corpus]:
-    """What the manifest would be for these inputs, as far as can be told without packing them.
-
-    Equal to `existing` if nothing changed; else it differs in the fields that did.
-    """
-    before = manifests.read_corpus(config.store, existing)
-    sources = tuple(
-        corpus.read_file(path, config.corpus)[0] for spec in specs for path in spec.paths
-    )
-    files = [(spec.first_file, spec.first_file + len(spec.paths)) for spec in specs]
-    same_splits = files == [(split.first_file, split.stop_file) for split in before.splits]
-    splits = tuple(
-        Split(first_file=first, stop_file=stop, first_row=0, stop_row=0, tokens=0)
-        for first, stop in files
-    )
-    found = Corpus(sources=sources, splits=before.splits if same_splits else splits)
-    manifest = existing.model_copy(
-        update={
-            "tokenizer": Tokenizer.load(config.tokenizer).info,
-            "sequence_tokens": config.sequence_tokens,
-            "shard_sequences": config.shard_sequences,
-            "corpus": found.summary(),
-        }
-    )
-    return manifest, found
-
-
-def _counts(config: TokenizeConfig) -> Answers[SplitCount]:
-    return Answers(config.store, "counts/", SplitCount)
-
-
-def _run(config: TokenizeConfig, spec: SplitSpec) -> str:
-    tokenizer = Tokenizer.load(config.tokenizer).info.sha256
-    return f"{config.fingerprint()}-{tokenizer}-{spec.fingerprint()}"

@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 
 from schemas.base import Document
-from schemas.manifest import LedgerRecord, TargetsManifest, TokensManifest
+from schemas.manifest import (
+    CorpusReport,
+    DeadLetter,
+    LedgerRecord,
+    TargetsManifest,
+    TokensManifest,
+)
 from schemas.model import ModelConfig
 from schemas.runs import (
     CompileConfig,
@@ -21,6 +27,8 @@ DOCUMENTS: tuple[type[Document], ...] = (
     TokensManifest,
     TargetsManifest,
     LedgerRecord,
+    CorpusReport,
+    DeadLetter,
     ModelConfig,
     TokenizeConfig,
     CompileConfig,

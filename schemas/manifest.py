@@ -5,9 +5,9 @@ A store has one tokens manifest and, per set of targets, one targets manifest. B
 """
 
 import hashlib
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.base import Document
 
@@ -54,17 +54,39 @@ class SamplerSpec(Document):
         return self.slots_per_token * self.block_tokens
 
 
-class SourceFile(Document):
-    """One input file of the corpus as it was when it was tokenized."""
+class _Sparse(Document):
+    """A document whose absent fields are left out of its JSON, so that older ones stay as they are.
+
+    Only fields that default to None may be absent.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
+class SourceFile(_Sparse):
+    """One input file of the corpus, or a part of one, as it was when it was tokenized."""
 
     path: str
-    size_bytes: int = Field(ge=0)
-    sha256: str
-    documents: int = Field(ge=0)
-    text_bytes: int = Field(ge=0, description="UTF-8 bytes of the documents that were kept.")
+    size_bytes: int = Field(
+        ge=0, description="Of the file; of a part, of the lines or row groups it consists of."
+    )
+    sha256: str = Field(
+        description="Of the file's bytes; of a part of a file of lines, of its lines; of Parquet, "
+        "Arrow and Zarr, of the values that were read."
+    )
+    documents: int = Field(ge=0, description="That are in the store, each as often as it is.")
+    text_bytes: int = Field(ge=0, description="UTF-8 bytes of these documents.")
+    part: tuple[int, int] | None = Field(
+        None,
+        description="First (inclusive) and last (exclusive) byte whose lines, row group, or place "
+        "along a Zarr array's first axis, was read; absent if the file was read whole.",
+    )
+    group: int | None = Field(None, description="Of the mixture, from 0; absent without one.")
 
 
-class Split(Document):
+class Split(_Sparse):
     """A run of source files that is tokenized and packed as one piece, on whole sequences."""
 
     first_file: int = Field(ge=0)
@@ -72,9 +94,15 @@ class Split(Document):
     first_row: int = Field(ge=0)
     stop_row: int = Field(ge=0, description="Exclusive.")
     tokens: int = Field(ge=0, description="Tokens that are not padding.")
+    documents_sha256: str | None = Field(
+        None, description="Of documents/NNNNNNNN.bin; absent in stores made without it."
+    )
+    dead_letters_sha256: str | None = Field(
+        None, description="Of dead_letters/NNNNNNNN.jsonl; absent if there is none."
+    )
 
 
-class Corpus(Document):
+class Corpus(_Sparse):
     """The source files of a store's tokens and how they were split: `corpus/SHA256.json`.
 
     Apart from the manifest, so that opening a store costs the same however many files it has.
@@ -82,15 +110,63 @@ class Corpus(Document):
 
     sources: tuple[SourceFile, ...]
     splits: tuple[Split, ...]
+    recipe: dict[str, Any] | None = Field(
+        None,
+        description="What of the corpus's settings is not the default, but for paths; with SHA-256 "
+        "of the files that filters read.",
+    )
+    report_sha256: str | None = Field(None, description="Of the report in corpus_report.json.")
 
     def summary(self) -> "CorpusSummary":
         return CorpusSummary(
             sha256=self.fingerprint(),
-            files=len(self.sources),
+            files=len({source.path for source in self.sources}),
             file_bytes=sum(source.size_bytes for source in self.sources),
             documents=sum(source.documents for source in self.sources),
             text_bytes=sum(source.text_bytes for source in self.sources),
         )
+
+
+class DeadLetter(_Sparse):
+    """A document, or a file, that could not be read and was left out: a line of dead_letters/."""
+
+    path: str
+    line: int | None = Field(None, description="From 1; absent in a part of a file.")
+    row: int | None = Field(None, description="From 0, of the file.")
+    byte: int | None = Field(None, description="Where its line begins, uncompressed.")
+    reason: str
+    detail: str
+    excerpt: str | None = Field(None, description="How it begins, escaped, at most 80 characters.")
+
+
+class GroupReport(Document):
+    """One group of a mixture."""
+
+    weight: float
+    tokens_read: int = Field(description="Of its documents that passed the filters.")
+    tokens: int = Field(description="That are in the store.")
+    epochs: float = Field(description="How often each of its documents is taken, on average.")
+
+
+class CorpusReport(_Sparse):
+    """What became of a corpus: `corpus_report.json`. Nothing in it depends on how it was run."""
+
+    files: int
+    parts: int = Field(description="Of files; a file that was not cut is one.")
+    splits: int
+    file_bytes: int
+    documents_read: int = Field(description="Good or not; a file that cannot be read has none.")
+    documents_kept: int = Field(description="That are in the store, however often.")
+    dropped: dict[str, int] = Field(description="By the filters, for each reason.")
+    dead_letters: dict[str, int] = Field(description="Documents and files, for each reason.")
+    unlisted_dead_letters: int = Field(description="Beyond 10,000 of a split: counted only.")
+    masked: dict[str, int] = Field(description="Pieces of personal data, of each kind.")
+    documents: int = Field(description="In the store; one that is taken twice counts twice.")
+    text_bytes: int
+    tokens: int
+    rows: int
+    padding_share: float = Field(description="Of all positions.")
+    mixture: tuple[GroupReport, ...] | None = None
 
 
 class CorpusSummary(Document):

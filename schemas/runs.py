@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from schemas.accelerators import ACCELERATORS
 from schemas.base import Document
+from schemas.corpus import CorpusConfig
 from schemas.manifest import MOST_POINTS, SamplerName, SamplerSpec
 from schemas.model import Remat
 
@@ -18,18 +19,6 @@ DEFAULT_SEQUENCE_TOKENS = 8192
 DEFAULT_SHARD_SEQUENCES = 256
 MAX_TOKENS = 10**18
 _BLOCK_TOKENS = 1024
-
-
-class CorpusConfig(Document):
-    """Which documents are read."""
-
-    paths: tuple[str, ...] = Field(
-        description="Files or folders: .txt .md .rst .py (one document a file), .jsonl(.gz), "
-        ".parquet."
-    )
-    text_field: str = Field("text", description="JSONL key or Parquet column with the text.")
-    min_characters: int = Field(1, ge=0, description="Shorter documents are dropped.")
-    max_characters: int | None = Field(None, ge=1, description="Longer documents are dropped.")
 
 
 class TokenizeConfig(Document):
@@ -43,7 +32,10 @@ class TokenizeConfig(Document):
     )
     shard_sequences: int = Field(DEFAULT_SHARD_SEQUENCES, ge=1, description="Sequences per shard.")
     split_bytes: int = Field(
-        64 * 2**20, ge=1, description="Input files are grouped into splits of about this size."
+        64 * 2**20,
+        ge=1,
+        description="Input is read in splits of about this size: many small files, or a part of a "
+        "large one.",
     )
 
 

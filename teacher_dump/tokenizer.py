@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,14 @@ class Tokenizer:
     def piece_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for control pieces."""
         return np.asarray([len(self._bytes(i)) for i in range(self.info.vocab_size)], np.int32)
+
+    def text_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes that ids stand for."""
+        return int(self._piece_bytes[ids].sum())
+
+    @cached_property
+    def _piece_bytes(self) -> np.ndarray:
+        return self.piece_bytes()
 
     def _bytes(self, piece_id: int) -> bytes:
         processor = self._processor

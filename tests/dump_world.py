@@ -1,7 +1,10 @@
 """A small corpus, a tokenizer and a random teacher, and jobs over them."""
 
+import gzip
 import hashlib
+import json
 import os
+import random
 from pathlib import Path
 
 import jax
@@ -25,8 +28,8 @@ TEACHER = ModelConfig(
 )
 
 
-def make_world(folder: Path) -> Path:
-    """Fill a folder with them; returns it."""
+def make_tokenizer(folder: Path) -> Path:
+    """Fill a folder with a corpus and a tokenizer; returns it."""
     corpus = folder / "corpus"
     corpus.mkdir()
     library = Path(os.__file__).parent
@@ -35,9 +38,67 @@ def make_world(folder: Path) -> Path:
         (corpus / f"{number}.py").write_bytes((library / name).read_bytes())
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
     tokenizers.train(texts, folder / "tokenizer.model", vocab_size=512)
+    return folder
+
+
+def make_world(folder: Path) -> Path:
+    """Fill a folder with all three; returns it."""
+    make_tokenizer(folder)
     params = model.init_params(TEACHER, jax.random.key(0))
     checkpoint.save(folder / "teacher", TEACHER, params)
     return folder
+
+
+POISON = (
+    b'{"text": "bad \xff"}\n{"text": oops}\n{"body": "no text"}\n{"text": ""}\n'
+    b'{"text": "\\ud83d"}\n{"text": "a\\u0000b"}\n{"text": "' + b"x" * 30_000 + b'"}\n'
+)
+
+
+def rich_corpus(world: Path) -> CorpusConfig:
+    """A mixture of good, bad, repeated and unwanted documents, with every filter on."""
+    folder = world / "rich"
+    if not folder.exists():
+        folder.mkdir()
+        lines = (Path(os.__file__).parent / "argparse.py").read_text().split("\n")
+        texts = ["\n".join(lines[at : at + 20]) for at in range(0, 1200, 20)]
+        near = [texts[number].replace("self", "this", 1) for number in range(10, 20)]
+        mail = [f"{texts[30]} by someone{n}@example.com from 192.0.2.{n}" for n in range(3)]
+        evaluated = "the answer to the forty second question of this set is always the same word"
+        odd = ["blocked word " * 9, f"It is said that {evaluated} and so on.", "s" * 40, "tiny"]
+        odd.append("a short but fine text, no more")
+        documents = [*texts, *texts[:5], *near, *mail, *odd]
+        random.Random(1).shuffle(documents)
+        good = [json.dumps({"a": {"text": text}}) + "\n" for text in documents]
+        nested = b"".join(
+            b'{"a": ' + line.strip() + b"}\n" for line in POISON.splitlines() if b"oops" not in line
+        )
+        (folder / "lines.jsonl").write_bytes("".join(good[:40]).encode() + nested)
+        (folder / "more.jsonl.gz").write_bytes(gzip.compress("".join(good[40:]).encode()))
+        cut = gzip.compress("".join(good[:9]).encode(), mtime=0)
+        (folder / "cut.jsonl.gz").write_bytes(cut[:-100])
+        (world / "evaluation.txt").write_text(evaluated)
+        (world / "blocked.txt").write_text("# words\nblocked word\n")
+    return CorpusConfig.model_validate(
+        {
+            "mixture": [
+                {"paths": [str(world / "corpus"), f"{folder}/more.*"], "weight": 2},
+                {"paths": [f"{folder}/[a-l]*.jsonl*"], "weight": 1},
+            ],
+            "mixture_seed": 5,
+            "mixture_epochs": 1.5,
+            "text_field": "a.text",
+            "max_document_bytes": 28_000,
+            "min_characters": 10,
+            "quality": {"max_word_characters": 30},
+            "language": {"min_probability": 0.1},
+            "blocklist": {"file": str(world / "blocked.txt"), "max_hits": 2},
+            "scorer": {"function": "builtins:len", "threshold": 50},
+            "decontamination": {"paths": [str(world / "evaluation.txt")], "ngram_words": 8},
+            "masking": {"kinds": ["email", "ip"]},
+            "duplicates": {"exact": True, "near": True},
+        }
+    )
 
 
 def tokenize_config(world: Path, store: Path, **changes: object) -> TokenizeConfig:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dump_world import digest, dump_config, make_world, tokenize_config
+from dump_world import digest, dump_config, make_world, rich_corpus, tokenize_config
 from rich.console import Console
 
 from logit_store.verify import verify
@@ -36,7 +36,7 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(world: Path, store: Path, options: list[str]) -> Path:
     """Few shards: each worker process compiles the teacher for itself."""
-    config = tokenize_config(world, store, shard_sequences=128)
+    config = tokenize_config(world, store, shard_sequences=256, corpus=rich_corpus(world))
     tokenize.tokenize(config, QUIET, runner.parse_options(options))
     dump.dump(dump_config(world, store), QUIET, runner.parse_options(options))
     return store
@@ -140,11 +140,11 @@ def test_an_error_of_a_dask_worker_is_the_users_sentence(
     world: Path, scheduler: str, tmp_path: Path
 ) -> None:
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "fine"}\n{"body": "no text"}\n')
+    (tmp_path / "corpus" / "a.jsonl").symlink_to(tmp_path / "absent")
     corpus = CorpusConfig(paths=(str(tmp_path / "corpus"),))
     config = tokenize_config(world, tmp_path / "store", corpus=corpus)
     options = Engine(runner="dask", scheduler=scheduler).options()
-    with pytest.raises(ConfigError, match=r"must have text in 'text', but line 2 of .*a\.jsonl"):
+    with pytest.raises(ConfigError, match=r"must be readable, but .*a\.jsonl is not"):
         tokenize.tokenize(config, QUIET, options)
 
 
