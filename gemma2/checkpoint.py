@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +199,23 @@ def save(
 
 def fingerprint(folder: str | Path) -> tuple[str, str]:
     """SHA-256 of the config (as this code understands it) and of the weight files' bytes."""
-    config = load_config(folder)
+    return load_config(folder).fingerprint(), weights_fingerprint(folder)
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """SHA-256 of the weight files' bytes, of whatever model. Raises CheckpointError."""
     digest = hashlib.sha256()
     for file in sorted(set(_tensor_files(Path(folder)).values())):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return config.fingerprint(), digest.hexdigest()
+    return digest.hexdigest()
+
+
+def load_tensor(folder: str | Path, names: Iterable[str]) -> np.ndarray | None:
+    """The first of these tensors that a folder of whatever model holds, as stored, or None."""
+    files = _tensor_files(Path(folder))
+    found = next((name for name in names if name in files), None)
+    return None if found is None else _tensor(files[found], found)
 
 
 def _hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -282,14 +293,7 @@ def _keys(path: Path) -> list[str]:
 
 def _read(path: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
     """One tensor in our orientation, in which it must have `shape`."""
-    try:
-        with safe_open(path, framework="np") as file:
-            value = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"Weights must be a whole safetensors file with {name}, but {path} is not ({error}); "
-            "restore it."
-        ) from error
+    value = _tensor(path, name)
     wanted = shape[::-1] if transposed else shape
     if value.shape != wanted:
         raise CheckpointError(
@@ -297,6 +301,17 @@ def _read(path: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np
             f"in {path} it is {value.shape}; check that config and weights belong together."
         )
     return value.T if transposed else value
+
+
+def _tensor(path: Path, name: str) -> np.ndarray:
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"Weights must be a whole safetensors file with {name}, but {path} is not ({error}); "
+            "restore it."
+        ) from error
 
 
 def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:

@@ -17,7 +17,6 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import Field
 from rich.console import Console
 
-from gemma2 import checkpoint
 from logit_store import codec, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
 from pipelines import progress, runner, software
@@ -33,9 +32,9 @@ from schemas.manifest import (
     identity,
 )
 from schemas.runs import DumpConfig, SamplerConfig
-from teacher_dump import vocabulary
+from teacher_dump import backends, vocabulary
 from teacher_dump.targets import compute_rows
-from teacher_dump.teacher import Gemma2Teacher
+from teacher_dump.teacher import Teacher
 
 # Rows from which the number of points follows: enough for 3 % of the mean number of entries.
 _PILOT_ROWS = 64
@@ -45,7 +44,7 @@ _PILOT_POINTS = np.unique(np.geomspace(1, 4096, 64).round().astype(np.int32))
 # Rows whose tokens tell how often each id occurs.
 _COUNTED_ROWS = 4096
 
-_teachers: dict[tuple[str, str, int], Gemma2Teacher] = {}
+_teachers: dict[tuple[str, str, str, int], Teacher] = {}
 _teachers_lock = threading.Lock()
 
 
@@ -87,6 +86,7 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
     config = DumpConfig(
         store=store,
         teacher=teacher,
+        backend=manifest.teacher.backend,
         name=name,
         sampler=sampler,
         seed=manifest.seed,
@@ -110,13 +110,10 @@ def plan(
             f"A dump needs all tokens, but {missing} of {tokens.manifest.num_shards} token shards "
             f"of {config.store} are not committed; run `retort tokenize` again first."
         )
-    config_sha256, weights_sha256 = checkpoint.fingerprint(config.teacher)
-    teacher = TeacherInfo(
-        name=Path(config.teacher).resolve().name,
-        config_sha256=config_sha256,
-        weights_sha256=weights_sha256,
-        vocab_size=tokens.manifest.tokenizer.vocab_size,
-    )
+    tokenizer = tokens.manifest.tokenizer
+    backends.check_tokenizer(config.teacher, tokenizer)
+    backend = backends.choose(config.backend, config.teacher)
+    teacher = backends.describe(backend, config.teacher, tokenizer.vocab_size)
     existing = _existing(config)
     points = existing.sampler.points if existing is not None else None
     if config.sampler.has_points and config.sampler.points is None and points is None:
@@ -125,7 +122,7 @@ def plan(
     sampler = config.sampler.spec(points, length, vocab_size).model_copy(
         update={"entries_per_token": _entries_asked(config.sampler, existing)}
     )
-    tables = _tables(config, tokens, existing, sampler.slots_per_token)
+    tables = _tables(config, tokens, teacher, existing, sampler.slots_per_token)
     manifest = TargetsManifest.parse(
         {
             "tokens_fingerprint": identity(tokens.manifest),
@@ -169,6 +166,7 @@ def _entries_asked(config: SamplerConfig, existing: TargetsManifest | None) -> i
 def _tables(
     config: DumpConfig,
     tokens: reader.TokensReader,
+    teacher: TeacherInfo,
     existing: TargetsManifest | None,
     slots_per_token: int,
 ) -> writer.Tables:
@@ -184,7 +182,7 @@ def _tables(
             pass
     counts = id_counts(tokens)
     if config.sampler.name == "systematic":
-        embedding = checkpoint.load_embedding(config.teacher)[: len(counts)]
+        embedding = backends.load_embedding(teacher.backend, config.teacher)[: len(counts)]
         order = vocabulary.similarity_order(embedding)
     else:
         order = np.arange(len(counts), dtype=np.uint32)
@@ -270,7 +268,7 @@ class CountPilot(beam.DoFn):
     def process(self, element: str) -> Iterator[int]:
         spec = PilotSpec.model_validate_json(element)
         config = self._config
-        teacher = _load_teacher(config, self._teacher)
+        teacher = load_teacher(config, self._teacher)
         tokens = reader.TokensReader(config.store)
         # Padded with rows whose segments are cleared, so that there is one shape to compile.
         rows = np.resize(np.asarray(spec.rows), config.batch_sequences)
@@ -318,7 +316,7 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     if existing is not None:
         return existing
     manifest = target_writer.manifest
-    teacher = _load_teacher(config, manifest.teacher)
+    teacher = load_teacher(config, manifest.teacher)
     order = reader.read_table(config.store, config.name, manifest, "sampling_order")
     rows = np.arange(spec.first_row, spec.stop_row)
     tokens = reader.TokensReader(config.store).rows(rows)
@@ -338,12 +336,13 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     return target_writer.write(spec, tokens.tokens, tokens.segment_ids.astype(np.uint16), targets)
 
 
-def _load_teacher(config: DumpConfig, expected: TeacherInfo) -> Gemma2Teacher:
+def load_teacher(config: DumpConfig, expected: TeacherInfo) -> Teacher:
     """This process's teacher, loaded once however many threads ask."""
-    key = (str(config.teacher), config.dtype, expected.vocab_size)
+    key = (str(config.teacher), expected.backend, config.dtype, expected.vocab_size)
     with _teachers_lock:
         if key not in _teachers:
-            teacher = Gemma2Teacher.load(
+            teacher = backends.load(
+                expected.backend,
                 config.teacher,
                 dtype=config.dtype,
                 vocab_size=expected.vocab_size,

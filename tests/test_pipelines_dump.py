@@ -1,5 +1,6 @@
 """Tokenize and dump through Beam: the same bytes on every runner, however often it is killed."""
 
+import hashlib
 import json
 import os
 import random
@@ -275,6 +276,46 @@ def test_repair_does_not_take_another_teacher(world, whole, tmp_path, capsys):
     command[-1] = str(world / "teacher")
     assert cli.main(command) == 0
     assert digest(store) == digest(whole)
+
+
+def test_a_teacher_of_transformers_dumps_too(world, tmp_path, capsys):
+    """Its own backend by default, retried to the same bytes, and no other teacher's shards."""
+    transformers = pytest.importorskip("transformers")
+    store, folder = tmp_path / "store", tmp_path / "llama"
+    corpus = CorpusConfig(paths=(str(world / "corpus" / "0.py"),))
+    tokenize.tokenize(tokenize_config(world, store, corpus=corpus), QUIET)
+    # Its head has rows beyond the tokenizer's 512 pieces.
+    config = transformers.LlamaConfig(
+        vocab_size=520,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        initializer_range=0.4,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    # By draws, whose program is compiled sooner than that of systematic sampling.
+    sampler = SamplerConfig(name="multinomial", entries_per_token=4, block_tokens=32)
+    asked = dump_config(world, store, teacher=folder, name="llama", sampler=sampler)
+    assert cli.main(["dump", *flags(asked)]) == 0
+    manifest = manifests.read_manifest(str(store), "llama")
+    assert (manifest.teacher.backend, manifest.teacher.name) == ("transformers", "llama")
+    assert verify(str(store)).ok
+    before = digest(store)
+    Ledger(str(store), "llama", manifest).withdraw([1])
+    assert "1 shards computed" in dump.dump(asked, QUIET)
+    assert digest(store) == before
+    with pytest.raises(ManifestMismatchError, match=r"teacher\.backend is transformers there"):
+        dump.dump(asked.model_copy(update={"teacher": world / "teacher"}), QUIET)
+    (folder / "tokenizer.model").write_bytes((world / "tokenizer.model").read_bytes())
+    assert "are complete" in dump.dump(asked, QUIET)
+    (folder / "tokenizer.model").write_bytes(b"another")
+    capsys.readouterr()
+    assert cli.main(["dump", *flags(asked)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("retort dump: A teacher must have the store's tokenizer, but")
+    assert tokenizers.Tokenizer.load(world / "tokenizer.model").info.sha256 in said
+    assert hashlib.sha256(b"another").hexdigest() in said
 
 
 def test_points_follow_from_the_curve_of_expected_entries():
