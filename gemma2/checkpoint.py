@@ -9,13 +9,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -78,7 +81,8 @@ def load(
 ) -> tuple[ModelConfig, Params]:
     """The configuration and parameters of a checkpoint, in `dtype` (default: as stored).
 
-    Each array goes where the placement says as soon as it is read: no device ever holds them all.
+    Each tensor goes where the placement says as soon as it is read, a part to each device, and is
+    turned, cast and put into its stack of layers there: the host never holds more than one.
 
     Raises CheckpointError naming what is missing, unexpected or of another shape.
     """
@@ -101,18 +105,61 @@ def load(
             f"{', '.join(unexpected[:4])}; check that config.json belongs to the weights."
         )
     flat = dict(jax.tree_util.tree_flatten_with_path(shapes)[0])
+    wanted_dtype = None if dtype is None else jnp.dtype(dtype)
     leaves = []
     for path, shape in flat.items():
         key = _path(path)
-        stacked = key[0] == "pairs"
-        part_shape = shape.shape[1:] if stacked else shape.shape
-        parts = [
-            _read(files[name], name, part_shape, transposed) for name, transposed in expected[key]
-        ]
-        value = np.stack(parts) if stacked else parts[0]
-        value = value if dtype is None else value.astype(jnp.dtype(dtype))
-        leaves.append(placement.parameter(path, value))
+        where = placement.sharding(path, shape.shape)
+        if key[0] == "pairs":
+            leaves.append(_load_stack(shape.shape, expected[key], files, wanted_dtype, where))
+            continue
+        [(name, transposed)] = expected[key]
+        value = _read(files[name], name, shape.shape, transposed)
+        leaf = jnp.asarray(value) if where is None else jax.device_put(value, where)
+        leaves.append(leaf if wanted_dtype is None else leaf.astype(wanted_dtype))
     return config, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _load_stack(
+    shape: tuple[int, ...],
+    names: list[tuple[str, bool]],
+    files: dict[str, Path],
+    dtype: np.dtype | None,
+    where: NamedSharding | None,
+) -> Array:
+    """The tensors of these names and whether they are transposed, on a first axis of their own."""
+    stack = None
+    for index, (name, transposed) in enumerate(names):
+        part = jax.device_put(
+            _read(files[name], name, shape[1:], transposed, as_stored=True),
+            None if where is None else _of_part(where, len(shape), transposed),
+        )
+        if stack is None:
+            stack = jnp.zeros(shape, dtype or part.dtype, device=where)
+        stack = _writer(transposed, where)(stack, part, jnp.int32(index))
+        # Else the host would read on while devices take what it has read.
+        stack.block_until_ready()
+    assert stack is not None
+    return stack
+
+
+def _of_part(where: NamedSharding, dimensions: int, transposed: bool) -> NamedSharding:
+    """Where one of a stack's tensors lies, in the orientation in which it is stored."""
+    cuts = [*where.spec, *[None] * (dimensions - len(where.spec))][1:]
+    return NamedSharding(where.mesh, PartitionSpec(*(reversed(cuts) if transposed else cuts)))
+
+
+@lru_cache
+def _writer(
+    transposed: bool, where: NamedSharding | None
+) -> Callable[[Array, Array, Array], Array]:
+    """put(stack, part, index): the stack, in its own memory, with the part at an index."""
+
+    def put(stack: Array, part: Array, index: Array) -> Array:
+        part = part.T if transposed else part
+        return stack.at[index].set(part.astype(stack.dtype))
+
+    return jax.jit(put, donate_argnums=0, out_shardings=where)
 
 
 def load_embedding(folder: str | Path) -> np.ndarray:
@@ -291,8 +338,10 @@ def _keys(path: Path) -> list[str]:
         ) from error
 
 
-def _read(path: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
-    """One tensor in our orientation, in which it must have `shape`."""
+def _read(
+    path: Path, name: str, shape: tuple[int, ...], transposed: bool, as_stored: bool = False
+) -> np.ndarray:
+    """One tensor, which in our orientation has `shape`; in ours, or as it is stored."""
     value = _tensor(path, name)
     wanted = shape[::-1] if transposed else shape
     if value.shape != wanted:
@@ -300,7 +349,7 @@ def _read(path: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np
             f"Tensors must have the shape that {CONFIG_FILE} implies, {wanted} for {name}, but "
             f"in {path} it is {value.shape}; check that config and weights belong together."
         )
-    return value.T if transposed else value
+    return value.T if transposed and not as_stored else value
 
 
 def _tensor(path: Path, name: str) -> np.ndarray:
