@@ -54,18 +54,23 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     Raises ManifestMismatchError if the set exists under another config, IncompleteStoreError if the
     tokens themselves are not complete, and whatever RetortError a worker met.
     """
-    manifest, tables = plan(config, console, options)
-    writer.create_targets(config.store, config.name, manifest, tables)
-    # The manifest holds what it said.
-    _pilot(config).forget()
-    storage.sweep_locks(config.store)
-    ledger = Ledger(config.store, config.name, manifest)
+    ledger = prepare(config, console, options)
     computed, reused = write_missing(
         ledger, WriteTargets(config), console, options, verb="dump", stage="dump"
     )
     if not computed:
         return f"targets '{config.name}' are complete: all {reused} shards reused"
     return f"targets '{config.name}': {computed} shards computed, {reused} reused"
+
+
+def prepare(config: DumpConfig, console: Console, options: PipelineOptions | None = None) -> Ledger:
+    """Make the set of targets, or accept it if it is the same; its ledger. As `dump` raises."""
+    manifest, tables = plan(config, console, options)
+    writer.create_targets(config.store, config.name, manifest, tables)
+    # The manifest holds what it said.
+    _pilot(config).forget()
+    storage.sweep_locks(config.store)
+    return Ledger(config.store, config.name, manifest)
 
 
 def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
