@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
@@ -157,7 +157,7 @@ def _writer(
 
     def put(stack: Array, part: Array, index: Array) -> Array:
         part = part.T if transposed else part
-        return stack.at[index].set(part.astype(stack.dtype))
+        return lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), index, 0)
 
     return jax.jit(put, donate_argnums=0, out_shardings=where)
 
