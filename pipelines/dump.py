@@ -19,9 +19,9 @@ from rich.console import Console
 
 from logit_store import codec, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
-from pipelines import progress, runner, software
+from pipelines import devices, progress, reports, runner, software
 from pipelines.answers import Answer, Answers
-from pipelines.shards import write_missing
+from pipelines.shards import write_and_sum_up
 from schemas.base import Document
 from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
 from schemas.manifest import (
@@ -33,6 +33,7 @@ from schemas.manifest import (
 )
 from schemas.runs import DumpConfig, SamplerConfig
 from teacher_dump import backends, vocabulary
+from teacher_dump.audit import Audit, audit
 from teacher_dump.targets import compute_rows
 from teacher_dump.teacher import Teacher
 
@@ -44,8 +45,10 @@ _PILOT_POINTS = np.unique(np.geomspace(1, 4096, 64).round().astype(np.int32))
 # Rows whose tokens tell how often each id occurs.
 _COUNTED_ROWS = 4096
 
-_teachers: dict[tuple[str, str, str, int], Teacher] = {}
+_teachers: dict[tuple[str, str, str, int, int], Teacher] = {}
 _teachers_lock = threading.Lock()
+_drivers = threading.Event()
+"""Set in a process that is the driver of a dump; others are its workers, many to a machine."""
 
 
 def dump(config: DumpConfig, console: Console, options: PipelineOptions | None = None) -> str:
@@ -55,16 +58,24 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     tokens themselves are not complete, and whatever RetortError a worker met.
     """
     ledger = prepare(config, console, options)
-    computed, reused = write_missing(
+    work = write_and_sum_up(
         ledger, WriteTargets(config), console, options, verb="dump", stage="dump"
     )
-    if not computed:
-        return f"targets '{config.name}' are complete: all {reused} shards reused"
-    return f"targets '{config.name}': {computed} shards computed, {reused} reused"
+    if not work.computed:
+        return f"targets '{config.name}' are complete: all {work.reused} shards reused"
+    manifest = manifests.read_manifest(config.store, config.name)
+    assert isinstance(manifest, TargetsManifest)
+    report = reports.make(config.name, manifest, runner.name_of(options), work)
+    reports.keep(config.store, report)
+    return (
+        f"targets '{config.name}': {work.computed} shards computed, {work.reused} reused\n"
+        f"{report.text()}"
+    )
 
 
 def prepare(config: DumpConfig, console: Console, options: PipelineOptions | None = None) -> Ledger:
     """Make the set of targets, or accept it if it is the same; its ledger. As `dump` raises."""
+    _drivers.set()
     manifest, tables = plan(config, console, options)
     writer.create_targets(config.store, config.name, manifest, tables)
     # The manifest holds what it said.
@@ -78,6 +89,26 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
 
     Raises ManifestMismatchError if the teacher is not the manifest's.
     """
+    return dump(_config_of(store, name, teacher), console)
+
+
+def audit_targets(
+    store: str, name: str, teacher: Path, *, rows: int, seed: int, model_devices: int
+) -> Audit:
+    """Have a teacher compute some rows of a set of targets again, as its manifest says.
+
+    Raises what loading the teacher raises, and ManifestMismatchError for another tokenizer.
+    """
+    config = _config_of(store, name, teacher).model_copy(update={"model_devices": model_devices})
+    tokenizer = reader.TokensReader(store).manifest.tokenizer
+    backends.check_tokenizer(teacher, tokenizer)
+    backend = backends.choose(config.backend, teacher)
+    found = backends.describe(backend, teacher, tokenizer.vocab_size)
+    return audit(store, name, load_teacher(config, found), rows, seed)
+
+
+def _config_of(store: str, name: str, teacher: Path) -> DumpConfig:
+    """The config of a dump that continues a set of targets with a teacher."""
     manifest = manifests.read_manifest(store, name)
     assert isinstance(manifest, TargetsManifest)
     spec = manifest.sampler
@@ -88,7 +119,7 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
         block_tokens=spec.block_tokens,
         temperature=spec.temperature,
     )
-    config = DumpConfig(
+    return DumpConfig(
         store=store,
         teacher=teacher,
         backend=manifest.teacher.backend,
@@ -98,7 +129,6 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
         batch_sequences=manifest.batch_sequences,
         dtype=manifest.dtype,
     )
-    return dump(config, console)
 
 
 def plan(
@@ -343,9 +373,12 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
 
 def load_teacher(config: DumpConfig, expected: TeacherInfo) -> Teacher:
     """This process's teacher, loaded once however many threads ask."""
-    key = (str(config.teacher), expected.backend, config.dtype, expected.vocab_size)
+    about = expected.backend, config.dtype, expected.vocab_size, config.model_devices
+    key = (str(config.teacher), *about)
     with _teachers_lock:
         if key not in _teachers:
+            if not _drivers.is_set():
+                devices.claim(config.model_devices)
             teacher = backends.load(
                 expected.backend,
                 config.teacher,
