@@ -198,6 +198,19 @@ def test_a_packed_row_is_its_documents_one_by_one(
     assert np.abs(as_one - expected)[inside].max() > 0.05
 
 
+def test_a_model_that_mixes_documents_reads_them_one_by_one(
+    llama: Path, tokens: np.ndarray, segment_ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes positions, and whose mask does not heed them."""
+    expected = all_log_probabilities(load(llama), tokens, segment_ids)
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
+    teacher = load(llama)
+    assert not teacher.is_packing
+    predicted = predicted_mask(segment_ids)
+    found = all_log_probabilities(teacher, tokens, segment_ids)
+    np.testing.assert_allclose(found[predicted], expected[predicted], rtol=1e-4, atol=2e-4)
+
+
 def test_full_targets_are_the_models_softmax(
     llama: Path, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> None:
