@@ -9,13 +9,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -78,7 +81,8 @@ def load(
 ) -> tuple[ModelConfig, Params]:
     """The configuration and parameters of a checkpoint, in `dtype` (default: as stored).
 
-    Each array goes where the placement says as soon as it is read: no device ever holds them all.
+    Each tensor goes where the placement says as soon as it is read, a part to each device, and is
+    turned, cast and put into its stack of layers there: the host never holds more than one.
 
     Raises CheckpointError naming what is missing, unexpected or of another shape.
     """
@@ -101,18 +105,61 @@ def load(
             f"{', '.join(unexpected[:4])}; check that config.json belongs to the weights."
         )
     flat = dict(jax.tree_util.tree_flatten_with_path(shapes)[0])
+    wanted_dtype = None if dtype is None else jnp.dtype(dtype)
     leaves = []
     for path, shape in flat.items():
         key = _path(path)
-        stacked = key[0] == "pairs"
-        part_shape = shape.shape[1:] if stacked else shape.shape
-        parts = [
-            _read(files[name], name, part_shape, transposed) for name, transposed in expected[key]
-        ]
-        value = np.stack(parts) if stacked else parts[0]
-        value = value if dtype is None else value.astype(jnp.dtype(dtype))
-        leaves.append(placement.parameter(path, value))
+        where = placement.sharding(path, shape.shape)
+        if key[0] == "pairs":
+            leaves.append(_load_stack(shape.shape, expected[key], files, wanted_dtype, where))
+            continue
+        [(name, transposed)] = expected[key]
+        value = _read(files[name], name, shape.shape, transposed)
+        leaf = jnp.asarray(value) if where is None else jax.device_put(value, where)
+        leaves.append(leaf if wanted_dtype is None else leaf.astype(wanted_dtype))
     return config, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _load_stack(
+    shape: tuple[int, ...],
+    names: list[tuple[str, bool]],
+    files: dict[str, Path],
+    dtype: np.dtype | None,
+    where: NamedSharding | None,
+) -> Array:
+    """The tensors of these names and whether they are transposed, on a first axis of their own."""
+    stack = None
+    for index, (name, transposed) in enumerate(names):
+        part = jax.device_put(
+            _read(files[name], name, shape[1:], transposed, as_stored=True),
+            None if where is None else _of_part(where, len(shape), transposed),
+        )
+        if stack is None:
+            stack = jnp.zeros(shape, dtype or part.dtype, device=where)
+        stack = _writer(transposed, where)(stack, part, jnp.int32(index))
+        # Else the host would read on while devices take what it has read.
+        stack.block_until_ready()
+    assert stack is not None
+    return stack
+
+
+def _of_part(where: NamedSharding, dimensions: int, transposed: bool) -> NamedSharding:
+    """Where one of a stack's tensors lies, in the orientation in which it is stored."""
+    cuts = [*where.spec, *[None] * (dimensions - len(where.spec))][1:]
+    return NamedSharding(where.mesh, PartitionSpec(*(reversed(cuts) if transposed else cuts)))
+
+
+@lru_cache
+def _writer(
+    transposed: bool, where: NamedSharding | None
+) -> Callable[[Array, Array, Array], Array]:
+    """put(stack, part, index): the stack, in its own memory, with the part at an index."""
+
+    def put(stack: Array, part: Array, index: Array) -> Array:
+        part = part.T if transposed else part
+        return lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), index, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=where)
 
 
 def load_embedding(folder: str | Path) -> np.ndarray:
@@ -199,12 +246,23 @@ def save(
 
 def fingerprint(folder: str | Path) -> tuple[str, str]:
     """SHA-256 of the config (as this code understands it) and of the weight files' bytes."""
-    config = load_config(folder)
+    return load_config(folder).fingerprint(), weights_fingerprint(folder)
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """SHA-256 of the weight files' bytes, of whatever model. Raises CheckpointError."""
     digest = hashlib.sha256()
     for file in sorted(set(_tensor_files(Path(folder)).values())):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return config.fingerprint(), digest.hexdigest()
+    return digest.hexdigest()
+
+
+def load_tensor(folder: str | Path, names: Iterable[str]) -> np.ndarray | None:
+    """The first of these tensors that a folder of whatever model holds, as stored, or None."""
+    files = _tensor_files(Path(folder))
+    found = next((name for name in names if name in files), None)
+    return None if found is None else _tensor(files[found], found)
 
 
 def _hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -280,23 +338,29 @@ def _keys(path: Path) -> list[str]:
         ) from error
 
 
-def _read(path: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
-    """One tensor in our orientation, in which it must have `shape`."""
-    try:
-        with safe_open(path, framework="np") as file:
-            value = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"Weights must be a whole safetensors file with {name}, but {path} is not ({error}); "
-            "restore it."
-        ) from error
+def _read(
+    path: Path, name: str, shape: tuple[int, ...], transposed: bool, as_stored: bool = False
+) -> np.ndarray:
+    """One tensor, which in our orientation has `shape`; in ours, or as it is stored."""
+    value = _tensor(path, name)
     wanted = shape[::-1] if transposed else shape
     if value.shape != wanted:
         raise CheckpointError(
             f"Tensors must have the shape that {CONFIG_FILE} implies, {wanted} for {name}, but "
             f"in {path} it is {value.shape}; check that config and weights belong together."
         )
-    return value.T if transposed else value
+    return value.T if transposed and not as_stored else value
+
+
+def _tensor(path: Path, name: str) -> np.ndarray:
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"Weights must be a whole safetensors file with {name}, but {path} is not ({error}); "
+            "restore it."
+        ) from error
 
 
 def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:

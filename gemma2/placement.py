@@ -187,11 +187,6 @@ class Placement:
         )(shared, filled)
         return jax.tree.map(lambda x: x[:count], found)
 
-    def parameter(self, path: tuple[Any, ...], value: np.ndarray) -> Array:
-        """A parameter where it belongs; `path` as in JAX's trees."""
-        where = self.sharding(path, value.shape)
-        return jnp.asarray(value) if where is None else jax.device_put(value, where)
-
     def sharding(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> NamedSharding | None:
         """Where a parameter, or without a path any other array, lies; None without a mesh."""
         if self.mesh is None:

@@ -150,7 +150,7 @@ class _Check:
     def strays(self) -> None:
         """Whatever nothing accounts for. TensorStore itself hides the locks of its local driver."""
         for key in sorted(self._keys - self._known):
-            if not key.endswith(storage.LOCK_SUFFIX):
+            if not key.endswith(storage.LOCK_SUFFIX) and not key.startswith(layout.REPORTS):
                 what = "no manifest or ledger record knows this file"
                 self._problem("stray", key, what, shard=_shard_of(key))
 

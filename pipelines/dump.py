@@ -17,12 +17,11 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pydantic import Field
 from rich.console import Console
 
-from gemma2 import checkpoint
 from logit_store import codec, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
-from pipelines import progress, runner, software
+from pipelines import devices, progress, reports, runner, software
 from pipelines.answers import Answer, Answers
-from pipelines.shards import write_missing
+from pipelines.shards import write_and_sum_up
 from schemas.base import Document
 from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
 from schemas.manifest import (
@@ -33,9 +32,10 @@ from schemas.manifest import (
     identity,
 )
 from schemas.runs import DumpConfig, SamplerConfig
-from teacher_dump import vocabulary
+from teacher_dump import backends, vocabulary
+from teacher_dump.audit import Audit, audit
 from teacher_dump.targets import compute_rows
-from teacher_dump.teacher import Gemma2Teacher
+from teacher_dump.teacher import Teacher
 
 # Rows from which the number of points follows: enough for 3 % of the mean number of entries.
 _PILOT_ROWS = 64
@@ -45,8 +45,10 @@ _PILOT_POINTS = np.unique(np.geomspace(1, 4096, 64).round().astype(np.int32))
 # Rows whose tokens tell how often each id occurs.
 _COUNTED_ROWS = 4096
 
-_teachers: dict[tuple[str, str, int], Gemma2Teacher] = {}
+_teachers: dict[tuple[str, str, str, int, int], Teacher] = {}
 _teachers_lock = threading.Lock()
+_drivers = threading.Event()
+"""Set in a process that is the driver of a dump; others are its workers, many to a machine."""
 
 
 def dump(config: DumpConfig, console: Console, options: PipelineOptions | None = None) -> str:
@@ -55,18 +57,31 @@ def dump(config: DumpConfig, console: Console, options: PipelineOptions | None =
     Raises ManifestMismatchError if the set exists under another config, IncompleteStoreError if the
     tokens themselves are not complete, and whatever RetortError a worker met.
     """
+    ledger = prepare(config, console, options)
+    work = write_and_sum_up(
+        ledger, WriteTargets(config), console, options, verb="dump", stage="dump"
+    )
+    if not work.computed:
+        return f"targets '{config.name}' are complete: all {work.reused} shards reused"
+    manifest = manifests.read_manifest(config.store, config.name)
+    assert isinstance(manifest, TargetsManifest)
+    report = reports.make(config.name, manifest, runner.name_of(options), work)
+    reports.keep(config.store, report)
+    return (
+        f"targets '{config.name}': {work.computed} shards computed, {work.reused} reused\n"
+        f"{report.text()}"
+    )
+
+
+def prepare(config: DumpConfig, console: Console, options: PipelineOptions | None = None) -> Ledger:
+    """Make the set of targets, or accept it if it is the same; its ledger. As `dump` raises."""
+    _drivers.set()
     manifest, tables = plan(config, console, options)
     writer.create_targets(config.store, config.name, manifest, tables)
     # The manifest holds what it said.
     _pilot(config).forget()
     storage.sweep_locks(config.store)
-    ledger = Ledger(config.store, config.name, manifest)
-    computed, reused = write_missing(
-        ledger, WriteTargets(config), console, options, verb="dump", stage="dump"
-    )
-    if not computed:
-        return f"targets '{config.name}' are complete: all {reused} shards reused"
-    return f"targets '{config.name}': {computed} shards computed, {reused} reused"
+    return Ledger(config.store, config.name, manifest)
 
 
 def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
@@ -74,6 +89,26 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
 
     Raises ManifestMismatchError if the teacher is not the manifest's.
     """
+    return dump(_config_of(store, name, teacher), console)
+
+
+def audit_targets(
+    store: str, name: str, teacher: Path, *, rows: int, seed: int, model_devices: int
+) -> Audit:
+    """Have a teacher compute some rows of a set of targets again, as its manifest says.
+
+    Raises what loading the teacher raises, and ManifestMismatchError for another tokenizer.
+    """
+    config = _config_of(store, name, teacher).model_copy(update={"model_devices": model_devices})
+    tokenizer = reader.TokensReader(store).manifest.tokenizer
+    backends.check_tokenizer(teacher, tokenizer)
+    backend = backends.choose(config.backend, teacher)
+    found = backends.describe(backend, teacher, tokenizer.vocab_size)
+    return audit(store, name, load_teacher(config, found), rows, seed)
+
+
+def _config_of(store: str, name: str, teacher: Path) -> DumpConfig:
+    """The config of a dump that continues a set of targets with a teacher."""
     manifest = manifests.read_manifest(store, name)
     assert isinstance(manifest, TargetsManifest)
     spec = manifest.sampler
@@ -84,16 +119,16 @@ def dump_missing(store: str, name: str, teacher: Path, console: Console) -> str:
         block_tokens=spec.block_tokens,
         temperature=spec.temperature,
     )
-    config = DumpConfig(
+    return DumpConfig(
         store=store,
         teacher=teacher,
+        backend=manifest.teacher.backend,
         name=name,
         sampler=sampler,
         seed=manifest.seed,
         batch_sequences=manifest.batch_sequences,
         dtype=manifest.dtype,
     )
-    return dump(config, console)
 
 
 def plan(
@@ -110,13 +145,10 @@ def plan(
             f"A dump needs all tokens, but {missing} of {tokens.manifest.num_shards} token shards "
             f"of {config.store} are not committed; run `retort tokenize` again first."
         )
-    config_sha256, weights_sha256 = checkpoint.fingerprint(config.teacher)
-    teacher = TeacherInfo(
-        name=Path(config.teacher).resolve().name,
-        config_sha256=config_sha256,
-        weights_sha256=weights_sha256,
-        vocab_size=tokens.manifest.tokenizer.vocab_size,
-    )
+    tokenizer = tokens.manifest.tokenizer
+    backends.check_tokenizer(config.teacher, tokenizer)
+    backend = backends.choose(config.backend, config.teacher)
+    teacher = backends.describe(backend, config.teacher, tokenizer.vocab_size)
     existing = _existing(config)
     points = existing.sampler.points if existing is not None else None
     if config.sampler.has_points and config.sampler.points is None and points is None:
@@ -125,7 +157,7 @@ def plan(
     sampler = config.sampler.spec(points, length, vocab_size).model_copy(
         update={"entries_per_token": _entries_asked(config.sampler, existing)}
     )
-    tables = _tables(config, tokens, existing, sampler.slots_per_token)
+    tables = _tables(config, tokens, teacher, existing, sampler.slots_per_token)
     manifest = TargetsManifest.parse(
         {
             "tokens_fingerprint": identity(tokens.manifest),
@@ -169,6 +201,7 @@ def _entries_asked(config: SamplerConfig, existing: TargetsManifest | None) -> i
 def _tables(
     config: DumpConfig,
     tokens: reader.TokensReader,
+    teacher: TeacherInfo,
     existing: TargetsManifest | None,
     slots_per_token: int,
 ) -> writer.Tables:
@@ -184,7 +217,7 @@ def _tables(
             pass
     counts = id_counts(tokens)
     if config.sampler.name == "systematic":
-        embedding = checkpoint.load_embedding(config.teacher)[: len(counts)]
+        embedding = backends.load_embedding(teacher.backend, config.teacher)[: len(counts)]
         order = vocabulary.similarity_order(embedding)
     else:
         order = np.arange(len(counts), dtype=np.uint32)
@@ -270,7 +303,7 @@ class CountPilot(beam.DoFn):
     def process(self, element: str) -> Iterator[int]:
         spec = PilotSpec.model_validate_json(element)
         config = self._config
-        teacher = _load_teacher(config, self._teacher)
+        teacher = load_teacher(config, self._teacher)
         tokens = reader.TokensReader(config.store)
         # Padded with rows whose segments are cleared, so that there is one shape to compile.
         rows = np.resize(np.asarray(spec.rows), config.batch_sequences)
@@ -318,7 +351,7 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     if existing is not None:
         return existing
     manifest = target_writer.manifest
-    teacher = _load_teacher(config, manifest.teacher)
+    teacher = load_teacher(config, manifest.teacher)
     order = reader.read_table(config.store, config.name, manifest, "sampling_order")
     rows = np.arange(spec.first_row, spec.stop_row)
     tokens = reader.TokensReader(config.store).rows(rows)
@@ -338,12 +371,16 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     return target_writer.write(spec, tokens.tokens, tokens.segment_ids.astype(np.uint16), targets)
 
 
-def _load_teacher(config: DumpConfig, expected: TeacherInfo) -> Gemma2Teacher:
+def load_teacher(config: DumpConfig, expected: TeacherInfo) -> Teacher:
     """This process's teacher, loaded once however many threads ask."""
-    key = (str(config.teacher), config.dtype, expected.vocab_size)
+    about = expected.backend, config.dtype, expected.vocab_size, config.model_devices
+    key = (str(config.teacher), *about)
     with _teachers_lock:
         if key not in _teachers:
-            teacher = Gemma2Teacher.load(
+            if not _drivers.is_set():
+                devices.claim(config.model_devices)
+            teacher = backends.load(
+                expected.backend,
                 config.teacher,
                 dtype=config.dtype,
                 vocab_size=expected.vocab_size,

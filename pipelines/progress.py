@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +18,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -28,14 +28,32 @@ _LOG_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 
 
+def _rate(task: Task) -> float:
+    """Units per second since the bar started: a shard may take minutes, so no shorter time will do.
+
+    What was done before it started does not count.
+    """
+    return (task.completed - task.fields["first"]) / max(task.elapsed or 0.0, 1e-9)
+
+
 class _RateColumn(ProgressColumn):
-    """Units per second, since the bar started."""
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
-        if not task.finished_speed and not task.speed:
+        rate = _rate(task)
+        if rate <= 0:
             return Text("-/s")
-        speed = task.finished_speed or task.speed or 0.0
-        return Text(f"{speed:,.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
+        return Text(f"{rate:,.1f}/s" if rate < 100 else f"{rate:,.0f}/s")
+
+
+class _LeftColumn(ProgressColumn):
+    """Time left at that rate."""
+
+    def render(self, task: Task) -> Text:
+        rate = _rate(task)
+        if task.total is None or rate <= 0:
+            return Text("-:--:--")
+        return Text(str(timedelta(seconds=round((task.total - task.completed) / rate))))
 
 
 @contextmanager
@@ -52,11 +70,11 @@ def bar(
             _RateColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            _LeftColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
         ) as progress:
-            task = progress.add_task(label, total=total, completed=done, note="")
+            task = progress.add_task(label, total=total, completed=done, note="", first=done)
             yield lambda count, note: progress.update(task, completed=count, note=note)
         return
     start = last = time.monotonic()
@@ -89,9 +107,17 @@ def _line(label: str, count: int, total: int | None, unit: str, rate: float, not
 
 @contextmanager
 def watch(
-    console: Console, label: str, total: int, unit: str, count: Callable[[], int]
+    console: Console,
+    label: str,
+    total: int,
+    unit: str,
+    count: Callable[[], int],
+    note: Callable[[], str] = lambda: "",
 ) -> Iterator[None]:
-    """A bar fed by polling `count` from a thread: works on every runner, as it asks the store."""
+    """A bar fed by polling `count` from a thread: works on every runner, as it asks the store.
+
+    `note` is asked after each count for what else there is to say.
+    """
     finished = threading.Event()
     failures: list[BaseException] = []
     with bar(console, label, total, unit, count()) as advance:
@@ -99,7 +125,7 @@ def watch(
         def poll() -> None:
             try:
                 while not finished.wait(_POLL_SECONDS):
-                    advance(count(), "")
+                    advance(count(), note())
             except BaseException as error:  # noqa: BLE001 - raised again below, in the caller
                 failures.append(error)
 
@@ -107,7 +133,7 @@ def watch(
         thread.start()
         try:
             yield
-            advance(count(), "")
+            advance(count(), note())
         finally:
             finished.set()
             thread.join()

@@ -172,6 +172,16 @@ def run(
         raise foreseen from error
 
 
+def name_of(options: PipelineOptions | None) -> str:
+    """The runner that options name, with its mode where it has one."""
+    if options is None:
+        return "FnApiRunner in_memory"
+    named = options.view_as(StandardOptions).runner
+    if named in (None, "FnApiRunner"):
+        return f"FnApiRunner {options.view_as(DirectOptions).direct_running_mode or 'in_memory'}"
+    return str(named).rsplit(".", 1)[-1]
+
+
 def _foreseen(text: str) -> errors.RetortError | None:
     """The RetortError inside a runner's traceback text, or None if the failure was another."""
     found = re.search(r"schemas\.errors\.(\w+): (.*?)(?: \[while running|\n|$)", text)

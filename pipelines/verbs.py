@@ -6,7 +6,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from logit_store import manifests, parquet, storage
 from logit_store.inspect import terminal
@@ -15,8 +15,8 @@ from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
+from pipelines import audit_view, compile_view, plan_view, progress, runner, train_view, training
 from pipelines import compile as compiling
-from pipelines import compile_view, plan_view, progress, runner, train_view, training
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
 from pipelines import quickstart as quickstart_run
@@ -80,6 +80,18 @@ class InspectArguments(_StoreArguments):
 
 class VerifyArguments(_StoreArguments):
     """Check every byte of a store; exit status 1 if anything is wrong: `retort verify STORE`."""
+
+    teacher: Path | None = Field(
+        None,
+        description="Also have this teacher compute a sample of rows again, and hold the stored "
+        "targets against it.",
+    )
+    targets: str = Field("default", description="With teacher: name of the set of targets.")
+    rows: int = Field(16, ge=1, description="With teacher: rows that are computed again.")
+    seed: int = Field(0, ge=0, description="With teacher: of the choice of rows.")
+    model_devices: int = Field(
+        1, ge=1, description="With teacher: devices that share it; those of the dump."
+    )
 
 
 class RepairArguments(_StoreArguments):
@@ -225,8 +237,22 @@ def verify(arguments: VerifyArguments, console: Console) -> int:
     with progress.bar(Console(stderr=True), "verify", total, "shards") as advance:
         report = verify_store(arguments.store, progress=advance)
     data = terminal.verify_data(arguments.store, report)
-    _output(console, arguments, data, lambda: terminal.verify_view(arguments.store, report))
-    return 0 if report.ok else EXIT_PROBLEMS
+    view = terminal.verify_view(arguments.store, report)
+    if arguments.teacher is None or not report.ok:
+        # What is damaged is to be mended before a teacher can be asked about it.
+        _output(console, arguments, data, lambda: view)
+        return 0 if report.ok else EXIT_PROBLEMS
+    found = dump_pipeline.audit_targets(
+        arguments.store,
+        arguments.targets,
+        arguments.teacher,
+        rows=arguments.rows,
+        seed=arguments.seed,
+        model_devices=arguments.model_devices,
+    )
+    data |= {"ok": found.ok, "audit": found.as_dict()}
+    _output(console, arguments, data, lambda: Group(view, audit_view.view(found)))
+    return 0 if found.ok else EXIT_PROBLEMS
 
 
 def repair(arguments: RepairArguments, console: Console) -> int:

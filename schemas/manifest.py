@@ -17,6 +17,7 @@ SEGMENT_SHARDS = 1024
 MOST_POINTS = 65_535
 """Points of a position at most: they are counted in uint16."""
 SamplerName = Literal["systematic", "multinomial", "top_k", "full"]
+Backend = Literal["jax", "transformers"]
 
 
 class SamplerSpec(Document):
@@ -214,6 +215,12 @@ class TeacherInfo(Document):
     weights_sha256: str
     vocab_size: int = Field(
         gt=0, description="Ids that can be sampled; padded embedding rows beyond are masked."
+    )
+    # Left out where it is JAX, so that manifests of before there was another keep their checksums.
+    backend: Backend = Field(
+        "jax",
+        description="What computed it: jax (also where it is absent) or transformers.",
+        exclude_if=lambda backend: backend == "jax",
     )
 
 

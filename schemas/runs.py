@@ -108,7 +108,13 @@ class DumpConfig(Document):
     """Teacher targets for a store's tokens: `retort dump`."""
 
     store: str = Field(description="Store whose tokens are read and that receives the targets.")
-    teacher: Path = Field(description="Folder of a Hugging Face Gemma 2 checkpoint.")
+    teacher: Path = Field(
+        description="Hugging Face folder: Gemma 2, or with [torch] any causal model; safetensors."
+    )
+    backend: Literal["auto", "jax", "transformers"] = Field(
+        "auto",
+        description="What computes the teacher; auto: jax for Gemma 2, transformers for others.",
+    )
     name: str = Field(
         "default", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of this set of targets."
     )

@@ -1,8 +1,8 @@
-"""The teacher: a Gemma 2 checkpoint that turns packed rows into sampled targets on its device.
+"""What a teacher is, and ours in JAX: a Gemma 2 that turns packed rows into sampled targets.
 
-Hidden states are computed once for a batch of rows; scores exist for one tile of positions at a
-time. The rows of the embedding lie in the store's sampling order, so that what the sampler takes
-for neighbours are ids of similar meaning.
+`teacher_dump.transformers_teacher` has the other. Hidden states are computed once for a batch of
+rows; scores exist for one tile of positions at a time. The rows of the embedding lie in the store's
+sampling order, so that what the sampler takes for neighbours are ids of similar meaning.
 """
 
 from functools import partial
@@ -46,9 +46,16 @@ class RowCandidates(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What `compute_rows` needs of a teacher."""
+    """What a dump, its pilot and an audit need of a teacher, whatever computes it.
+
+    Tokens and segment ids are int32 [b, L]; documents of a row do not see each other.
+    """
 
     info: TeacherInfo
+
+    def arrange(self, order: np.ndarray) -> None:
+        """Cumulate ids in this order [V] from now on."""
+        ...
 
     def candidates(
         self,
@@ -62,6 +69,28 @@ class Teacher(Protocol):
 
         A row's result depends on the row, the spec and the seed, never on its batch.
         """
+        ...
+
+    def expected_entries(
+        self,
+        tokens: np.ndarray,
+        segment_ids: np.ndarray,
+        name: SamplerName,
+        temperature: float,
+        points: np.ndarray,
+    ) -> np.ndarray:
+        """float64 [P]: expected entries of all rows together for each of `points` int32 [P]."""
+        ...
+
+    def log_probabilities(
+        self,
+        tokens: np.ndarray,
+        segment_ids: np.ndarray,
+        position: np.ndarray,
+        ids: np.ndarray,
+        temperature: float,
+    ) -> np.ndarray:
+        """float32 [b, M] in nats, of ids int32 [b, M] < V after positions int32 [b, M]."""
         ...
 
 
@@ -136,7 +165,7 @@ class Gemma2Teacher:
             self._params,
             *self._arrays(tokens, segment_ids),
             jnp.asarray(rows, jnp.int32),
-            _seed_key(seed),
+            seed_key(seed),
             config=self._config,
             dtype=self._dtype,
             spec=spec,
@@ -156,7 +185,7 @@ class Gemma2Teacher:
         temperature: float,
         points: np.ndarray,
     ) -> np.ndarray:
-        """float64 [P]: expected entries of all rows together for each of `points` int32 [P]."""
+        """As the protocol says."""
         found = _expected_entries(
             self._params,
             *self._arrays(tokens, segment_ids),
@@ -169,6 +198,28 @@ class Gemma2Teacher:
             execution=self._execution,
         )
         return np.asarray(found, np.float64).sum(axis=0)
+
+    def log_probabilities(
+        self,
+        tokens: np.ndarray,
+        segment_ids: np.ndarray,
+        position: np.ndarray,
+        ids: np.ndarray,
+        temperature: float,
+    ) -> np.ndarray:
+        """As the protocol says."""
+        found = _log_probabilities(
+            self._params,
+            *self._arrays(tokens, segment_ids),
+            jnp.asarray(position, jnp.int32),
+            jnp.asarray(self._place[ids]),
+            config=self._config,
+            dtype=self._dtype,
+            temperature=temperature,
+            vocab_size=self.info.vocab_size,
+            execution=self._execution,
+        )
+        return np.asarray(found)
 
     def _arrays(self, tokens: np.ndarray, segment_ids: np.ndarray) -> tuple[Array, Array, Array]:
         """Tokens as rows of the reordered embedding, segment ids, and what is predicted."""
@@ -208,7 +259,7 @@ def _rows(params: Params, index: np.ndarray) -> Params:
     return {**params, "embedding": embedding(params)[jnp.asarray(index, jnp.int32)]}
 
 
-def _seed_key(seed: int) -> Array:
+def seed_key(seed: int) -> Array:
     """A PRNG key of all bits of the seed; jax.random.key alone drops those above 32."""
     low, high = seed & 0xFFFFFFFF, seed >> 32
     return jax.random.fold_in(jax.random.key(low), np.uint32(high))
@@ -217,6 +268,20 @@ def _seed_key(seed: int) -> Array:
 def tile_tokens(length: int) -> int:
     """Positions of a tile: as many as divide a row, up to a bound on the memory of their scores."""
     return max(size for size in range(1, _TILE_TOKENS + 1) if length % size == 0)
+
+
+def tile_keys(key: Array, rows: Array, count: int) -> Array:
+    """Keys [b, count] of the tiles of rows int32 [b]."""
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    return jax.vmap(
+        lambda row_key: jax.vmap(lambda i: jax.random.fold_in(row_key, i))(jnp.arange(count))
+    )(row_keys)
+
+
+def label_log_probability(tile: Tile, scores: Array, labels: Array) -> Array:
+    """float32 [B] of labels int32 [B], columns of the tile's scores [B, V]; 0 if not predicted."""
+    label = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0] - tile.log_total
+    return jnp.where(tile.predicted, jnp.minimum(label, 0.0), 0.0)
 
 
 def score_tile(
@@ -280,22 +345,15 @@ def sample_rows(
     size = tile_tokens(length)
     count = length // size
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    keys = jax.vmap(
-        lambda row_key: jax.vmap(lambda i: jax.random.fold_in(row_key, i))(jnp.arange(count))
-    )(row_keys)
+    keys = tile_keys(key, rows, count)
 
     def one_tile(table: Array, item: tuple[Array, ...]) -> tuple[Draft, Array, Array]:
         tile_hidden, tile_predicted, tile_labels, tile_key = item
         tile, entropy, scores = score_tile(
             {"embedding": table}, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
         )
-        label = jnp.take_along_axis(scores, tile_labels[:, None], axis=1)[:, 0] - tile.log_total
-        return (
-            samplers.propose(spec, vocab_size, tile, table, tile_key),
-            entropy,
-            jnp.where(tile_predicted, jnp.minimum(label, 0.0), 0.0),
-        )
+        label = label_log_probability(tile, scores, tile_labels)
+        return samplers.propose(spec, vocab_size, tile, table, tile_key), entropy, label
 
     def all_tiles(table: Array, items: tuple[Array, ...]) -> tuple[Candidates, Array, Array]:
         drafts, entropy, label = jax.lax.map(partial(one_tile, table), items)
@@ -355,3 +413,49 @@ def _expected_entries(
         (embedding(params), points),
         (hidden.reshape(-1, size, hidden.shape[-1]), predicted.reshape(-1, size)),
     )
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "temperature", "vocab_size", "execution"))
+def _log_probabilities(
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    predicted: Array,
+    position: Array,
+    column: Array,
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    temperature: float,
+    vocab_size: int,
+    execution: Execution,
+) -> Array:
+    """float32 [b, M] of columns [b, M] of the scores."""
+    batch, length = tokens.shape
+    size = tile_tokens(length)
+    count = length // size
+    hidden = hidden_states(params, config, tokens, segment_ids, dtype=dtype, execution=execution)
+
+    def one_tile(given: tuple[Array, Array, Array], item: tuple[Array, ...]) -> Array:
+        table, position, column = given
+        states, predicted, row, first = item
+        tile, _, scores = score_tile(
+            {"embedding": table}, config, states, predicted, temperature, vocab_size
+        )
+        at = position[row] - first
+        is_mine = (at >= 0) & (at < size)
+        at = jnp.clip(at, 0, size - 1)
+        return jnp.where(is_mine, scores[at, column[row]] - tile.log_total[at], 0.0)
+
+    tiles = jnp.arange(batch * count, dtype=jnp.int32)
+    found = execution.placement.spread(
+        lambda given, items: jax.lax.map(partial(one_tile, given), items),
+        (embedding(params).astype(hidden.dtype), position, column),
+        (
+            hidden.reshape(-1, size, hidden.shape[-1]),
+            predicted.reshape(-1, size),
+            tiles // count,
+            tiles % count * size,
+        ),
+    )
+    return jnp.sum(found.reshape(batch, count, -1), axis=1)

@@ -1,14 +1,17 @@
 """Damaged, incomplete and foreign checkpoints, and how a folder is written and replaced."""
 
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 from gemma2 import checkpoint, model, presets
+from gemma2.placement import ALONE, AXES, Placement
 from schemas.errors import CheckpointError, ConfigError
 
 CONFIG = presets.PRESETS["tiny"].model_copy(update={"num_layers": 4})
@@ -60,6 +63,34 @@ def test_shards_keep_to_their_limit(sharded, params):
     index = json.loads((sharded / checkpoint.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
     assert_equal(checkpoint.load(sharded)[1], params)
+
+
+def test_the_host_holds_one_tensor_at_a_time(sharded, params, monkeypatch):
+    """Each goes to its devices, as a part of its stack, before the next is read."""
+    alive, most = [0], [0]
+    read = checkpoint._tensor
+
+    def counted(path, name):
+        value = read(path, name)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(value, lambda: alive.__setitem__(0, alive[0] - 1))
+        return value
+
+    monkeypatch.setattr(checkpoint, "_tensor", counted)
+    mesh = jax.make_mesh(
+        (1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2]
+    )
+    for placement in (ALONE, Placement(mesh, is_table_whole=True)):
+        most[0] = 0
+        _, found = checkpoint.load(sharded, placement=placement)
+        assert_equal(found, params)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
+            where = placement.sharding(path, leaf.shape)
+            assert where is None or leaf.sharding.is_equivalent_to(where, leaf.ndim)
+        # Two that are not stacked may be the parameters themselves here, where host is device.
+        assert 1 <= most[0] <= 4
+        del found, leaf
 
 
 def test_bfloat16_is_stored_as_it_is_and_widened_on_request(tmp_path, params):

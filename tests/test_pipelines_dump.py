@@ -1,5 +1,7 @@
 """Tokenize and dump through Beam: the same bytes on every runner, however often it is killed."""
 
+import hashlib
+import io
 import json
 import os
 import random
@@ -20,7 +22,7 @@ from gemma2 import checkpoint, model
 from logit_store import manifests, reader, writer
 from logit_store.ledger import Ledger
 from logit_store.verify import verify
-from pipelines import cli, dump, runner, tokenize
+from pipelines import cli, dump, progress, runner, shards, tokenize
 from schemas.errors import ConfigError, IncompleteStoreError, ManifestMismatchError
 from schemas.runs import CorpusConfig, SamplerConfig
 from teacher_dump import tokenizer as tokenizers
@@ -55,6 +57,79 @@ def test_the_store_is_whole_and_holds_the_corpus(world, whole):
     text = tokenizer.decode(rows.tokens[rows.segment_ids > 0])
     expected = "".join(path.read_text() for path in sorted((world / "corpus").iterdir()))
     assert text == expected
+
+
+def test_a_driver_leaves_devices_to_its_workers(world, whole, tmp_path):
+    """JAX would take the first GPU's memory, which is a worker's, if the driver asked for any."""
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    sampler = SamplerConfig(entries_per_token=4, points=6, block_tokens=32)
+    config = dump_config(world, store, name="planned", sampler=sampler)
+    code = (
+        "from rich.console import Console\nfrom pipelines import devices, dump\n"
+        "from schemas.runs import DumpConfig\n"
+        f"config = DumpConfig.model_validate_json({config.model_dump_json()!r})\n"
+        "dump.prepare(config, Console(quiet=True))\n"
+        "assert not devices._has_begun()\n"
+        "import jax\njax.devices()\nassert devices._has_begun()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "planned" in reader.list_targets(str(store))
+
+
+def test_a_run_sums_up_what_it_did(world, whole, tmp_path):
+    """From the shards' own records, and without those of other runs."""
+    [kept] = (whole / "reports" / "dump-default").iterdir()
+    found = json.loads(kept.read_text())
+    manifest = manifests.read_manifest(str(whole), "default")
+    sums = Ledger(str(whole), "default", manifest).summary()
+    assert found["statistics"] == pytest.approx(sums.statistics.model_dump())
+    assert found["shards_computed"] == manifest.num_shards
+    assert found["entries_per_token"] == pytest.approx(4, rel=0.05)
+    assert found["captured_mass"] == pytest.approx(1, abs=1e-5)
+    stored = sum(sums.array_bytes.values()) / sums.statistics.tokens
+    assert found["bytes_per_token"] == pytest.approx(stored)
+    assert found["tokens_per_second"] == pytest.approx(
+        sums.statistics.tokens / found["seconds"], rel=1e-2
+    )
+    assert found["runner"] == "FnApiRunner in_memory"
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    Ledger(str(store), "default", manifest).withdraw([2])
+    log = io.StringIO()
+    said = dump.dump(dump_config(world, store), Console(file=log, width=200))
+    assert len(list((store / "reports" / "dump-default").iterdir())) == 2
+    one = [r for r in (store / "reports" / "dump-default").iterdir() if r.name != kept.name]
+    again = json.loads(one[0].read_text())
+    assert (again["shards_computed"], again["shards_reused"]) == (1, manifest.num_shards - 1)
+    assert again["statistics"]["tokens"] < found["statistics"]["tokens"] / 2
+    assert f"{again['statistics']['tokens']:,} tokens in" in said
+    assert "captured mass 1.0000; the teacher's entropy" in said
+    assert verify(str(store)).ok
+
+
+def test_progress_says_what_the_records_say(world, whole, tmp_path):
+    """Tokens, entries and mass on a terminal's bar while shards come, whoever commits them."""
+    manifest = manifests.read_manifest(str(whole), "default")
+    ledger = Ledger(str(whole), "default", manifest)
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    copy = Ledger(str(store), "default", manifest)
+    copy.withdraw([0, 1, 3])
+    work = shards.Work()
+    count = shards._Counter(copy, work)
+    assert (count(), work.line()) == (manifest.num_shards - 3, "")
+    for done, index in enumerate((3, 0), 1):
+        copy.commit(ledger.record(index))
+        assert (count(), work.computed) == (manifest.num_shards - 3 + done, done)
+    both = ledger.record(3).statistics.plus(ledger.record(0).statistics)
+    assert work.statistics == both
+    line = f", {both.entries / both.tokens:.2f} entries/token, captured mass 1.0000"
+    assert work.line().endswith(line)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with progress.watch(terminal, "dump", 10, "shards", count, work.line):
+        pass
+    assert line.strip(", ") in terminal.file.getvalue()
 
 
 def test_a_second_run_reuses_everything(world, whole):
@@ -274,6 +349,46 @@ def test_repair_does_not_take_another_teacher(world, whole, tmp_path, capsys):
     command[-1] = str(world / "teacher")
     assert cli.main(command) == 0
     assert digest(store) == digest(whole)
+
+
+def test_a_teacher_of_transformers_dumps_too(world, tmp_path, capsys):
+    """Its own backend by default, retried to the same bytes, and no other teacher's shards."""
+    transformers = pytest.importorskip("transformers")
+    store, folder = tmp_path / "store", tmp_path / "llama"
+    corpus = CorpusConfig(paths=(str(world / "corpus" / "0.py"),))
+    tokenize.tokenize(tokenize_config(world, store, corpus=corpus), QUIET)
+    # Its head has rows beyond the tokenizer's 512 pieces.
+    config = transformers.LlamaConfig(
+        vocab_size=520,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        initializer_range=0.4,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    # By draws, whose program is compiled sooner than that of systematic sampling.
+    sampler = SamplerConfig(name="multinomial", entries_per_token=4, block_tokens=32)
+    asked = dump_config(world, store, teacher=folder, name="llama", sampler=sampler)
+    assert cli.main(["dump", *flags(asked)]) == 0
+    manifest = manifests.read_manifest(str(store), "llama")
+    assert (manifest.teacher.backend, manifest.teacher.name) == ("transformers", "llama")
+    assert verify(str(store)).ok
+    before = digest(store)
+    Ledger(str(store), "llama", manifest).withdraw([1])
+    assert "1 shards computed" in dump.dump(asked, QUIET)
+    assert digest(store) == before
+    with pytest.raises(ManifestMismatchError, match=r"teacher\.backend is transformers there"):
+        dump.dump(asked.model_copy(update={"teacher": world / "teacher"}), QUIET)
+    (folder / "tokenizer.model").write_bytes((world / "tokenizer.model").read_bytes())
+    assert "are complete" in dump.dump(asked, QUIET)
+    (folder / "tokenizer.model").write_bytes(b"another")
+    capsys.readouterr()
+    assert cli.main(["dump", *flags(asked)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("retort dump: A teacher must have the store's tokenizer, but")
+    assert tokenizers.Tokenizer.load(world / "tokenizer.model").info.sha256 in said
+    assert hashlib.sha256(b"another").hexdigest() in said
 
 
 def test_points_follow_from_the_curve_of_expected_entries():
