@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from logit_store.entries import by_position
 from logit_store.ledger import plan_shards
 from logit_store.reader import TargetBatch, TargetsReader
 from schemas.errors import ConfigError, IncompleteStoreError
@@ -104,21 +105,17 @@ def _columns(batch: TargetBatch, positions: np.ndarray) -> list[pa.Array]:
     def per_token(values: np.ndarray) -> pa.Array:
         return _lists(np.arange(rows + 1) * length, pa.array(values.reshape(-1)))
 
-    used = batch.entry_id >= 0
-    flat = (positions + np.arange(rows)[:, None] * length)[used]
-    ids, weights = batch.entry_id[used], batch.entry_weight[used]
-    order = np.lexsort((ids, -weights, flat))
-    ends = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=rows * length))])
+    entries = by_position(batch, positions)
 
     def per_entry(values: np.ndarray) -> pa.Array:
-        of_tokens = _lists(ends, pa.array(values[order]))
+        of_tokens = _lists(entries.ends, pa.array(values))
         return _lists(np.arange(rows + 1) * length, of_tokens)
 
     return [
         per_token(batch.tokens),
         per_token(batch.segment_ids),
-        per_entry(ids),
-        per_entry(weights),
+        per_entry(entries.id),
+        per_entry(entries.weight),
         per_token(batch.teacher_entropy),
         per_token(batch.label_logprob),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from logit_store import layout, manifests, reader, storage
+from logit_store.entries import by_position
 from logit_store.ledger import Ledger, summary_bytes
 from schemas.errors import IncompleteStoreError
 from schemas.manifest import Manifest, ShardStatistics, TokensManifest
@@ -124,16 +125,16 @@ def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, D
     """Distributions over committed rows, evenly thinned to `max_sequences`.
 
     entries per token; stored mass; teacher entropy and label log-probability in nats; weight of the
-    stored label (0 where the label was not sampled).
+    stored label, and its rank by weight from 1 (0 where the label was not sampled).
     """
     targets = reader.TargetsReader(url, name)
-    columns: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for batch in _sample(targets, max_sequences):
-        for key, values in _columns(targets, batch).items():
-            columns.setdefault(key, []).append(values)
+        for key, values in columns(targets, batch).items():
+            parts.setdefault(key, []).append(values)
     found = {}
-    for key, parts in columns.items():
-        values = np.concatenate(parts)
+    for key, some in parts.items():
+        values = np.concatenate(some)
         if values.size:
             found[key] = Distribution(
                 float(values.mean()),
@@ -182,23 +183,78 @@ def _sample(targets: reader.TargetsReader, max_sequences: int) -> Iterator[reade
         yield targets.rows(rows[start : start + _ROWS_AT_ONCE])
 
 
-def _columns(targets: reader.TargetsReader, batch: reader.TargetBatch) -> dict[str, np.ndarray]:
-    rows, length = batch.tokens.shape
+@dataclass(frozen=True)
+class Histogram:
+    """Counts int64 [bins] of predicted positions between edges float64 [bins + 1], and the mean."""
+
+    edges: np.ndarray
+    counts: np.ndarray
+    mean: float
+
+
+_HISTOGRAM_TOKENS = 32_768
+_BINS = 24
+
+
+def histograms(targets: reader.TargetsReader) -> dict[str, Histogram]:
+    """Of each of `columns`, over about 32,768 tokens of committed rows, evenly spread.
+
+    Whole numbers have a bin each, of which the last takes all that are larger.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    rows = max(1, _HISTOGRAM_TOKENS // targets.manifest.sequence_tokens)
+    for batch in _sample(targets, rows):
+        for key, values in columns(targets, batch).items():
+            parts.setdefault(key, []).append(values)
+    found = {}
+    for key, some in parts.items():
+        values = np.concatenate(some)
+        if values.size:
+            found[key] = _histogram(values, is_whole=values.dtype.kind == "i")
+    return found
+
+
+def _histogram(values: np.ndarray, is_whole: bool) -> Histogram:
+    low, high = float(values.min()), float(values.max())
+    if is_whole:
+        edges = np.arange(min(low, 1.0), min(high, _BINS) + 2) - 0.5
+        counts = np.histogram(np.minimum(values, edges[-1] - 0.5), edges)[0]
+    else:
+        # Of what hardly varies, as masses of 1, one bin says it all.
+        spread = high - low > 1e-6
+        edges = np.linspace(min(low, 0.0), high, _BINS + 1) if spread else np.array([low, low + 1])
+        counts = np.histogram(values, edges)[0]
+    return Histogram(edges, counts, float(values.mean()))
+
+
+def columns(targets: reader.TargetsReader, batch: reader.TargetBatch) -> dict[str, np.ndarray]:
+    """Of each predicted position of decoded rows, one after another: what is told of it."""
     predicted = layout.predicted_mask(batch.segment_ids)
-    flat = (targets.positions(batch) + np.arange(rows)[:, None] * length).reshape(-1)
-    ids = batch.entry_id.reshape(-1)
-    # Neither an unused slot nor the rest is an id of the vocabulary.
-    vocab_size = targets.manifest.teacher.vocab_size
-    weights = np.where(ids < vocab_size, batch.entry_weight.reshape(-1), 0.0)
-    labels = np.roll(batch.tokens, -1, axis=1).reshape(-1)
+    entries = by_position(batch, targets.positions(batch))
+    counts = np.diff(entries.ends)
+    position = np.repeat(np.arange(counts.size), counts)
+    is_label = entries.id == np.roll(batch.tokens, -1, axis=1).reshape(-1)[position]
+    rank = np.arange(position.size) - entries.ends[position] + 1
 
     def per_position(values: np.ndarray) -> np.ndarray:
-        return np.bincount(flat, values, minlength=rows * length).reshape(rows, length)[predicted]
+        found = np.bincount(position, values, minlength=counts.size)
+        return found.reshape(predicted.shape)[predicted]
 
+    ranks = per_position(rank * is_label).astype(np.int64)
     return {
-        "entries per token": per_position(ids >= 0),
-        "stored mass": per_position(weights),
-        "stored weight of the label": per_position(weights * (ids == labels[flat])),
+        "entries per token": counts.reshape(predicted.shape)[predicted],
+        "stored mass": stored_mass(targets, batch)[predicted],
+        "stored weight of the label": per_position(entries.weight * is_label),
+        "rank of the label": ranks,
         "teacher entropy (nats)": batch.teacher_entropy[predicted],
         "label log-probability (nats)": batch.label_logprob[predicted],
     }
+
+
+def stored_mass(targets: reader.TargetsReader, batch: reader.TargetBatch) -> np.ndarray:
+    """float64 [R, L]: each position's weights on ids of the vocabulary, so without the rest's."""
+    rows, length = batch.tokens.shape
+    is_id = (batch.entry_id >= 0) & (batch.entry_id < targets.manifest.teacher.vocab_size)
+    flat = (targets.positions(batch) + np.arange(rows)[:, None] * length)[is_id]
+    found = np.bincount(flat, batch.entry_weight[is_id], rows * length)
+    return found.reshape(rows, length)

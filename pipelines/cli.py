@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "show": Verb(verbs.ShowArguments, verbs.show),
     "verify": Verb(verbs.VerifyArguments, verbs.verify),
     "repair": Verb(verbs.RepairArguments, verbs.repair),
+    "serve": Verb(verbs.ServeArguments, verbs.serve),
     "stats": Verb(verbs.StatsArguments, verbs.stats),
     "train": Verb(verbs.TrainArguments, verbs.train),
     "eval": Verb(verbs.EvalConfig, verbs.evaluate),

@@ -10,13 +10,14 @@ from rich.console import Console, RenderableType
 
 from logit_store import manifests, parquet, storage
 from logit_store.inspect import terminal
+from logit_store.inspect.web import server
 from logit_store.ledger import Ledger
 from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
 from pipelines import compile as compiling
-from pipelines import compile_view, plan_view, progress, runner, train_view, training
+from pipelines import compile_view, plan_view, progress, runner, serving, train_view, training
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
 from pipelines import quickstart as quickstart_run
@@ -120,6 +121,31 @@ class ShowArguments(_StoreArguments):
     )
 
 
+class ServeArguments(Document):
+    """Stores in a browser: `retort serve STORE…`."""
+
+    stores: CliPositionalArg[tuple[str, ...]] = Field(
+        min_length=1, description="Stores: folders, gs://… or s3://…."
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on; any but this machine's own (loopback) needs a token.",
+    )
+    port: int = Field(8787, ge=0, le=65535, description="0 takes any that is free.")
+    token: str | None = Field(
+        None,
+        min_length=8,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="What a browser must know; default: none on loopback, else a new one.",
+    )
+    names: tuple[str, ...] = Field(
+        (), description="Host names, besides addresses, under which others reach this machine."
+    )
+    tokenizer: Path | None = Field(
+        None, description="SentencePiece model; default: tokenizer.model beside each store."
+    )
+
+
 def quickstart(config: QuickstartConfig, console: Console) -> int:
     quickstart_run.quickstart(config, console)
     return 0
@@ -217,6 +243,19 @@ def show(arguments: ShowArguments, console: Console) -> int:
 def stats(arguments: StatsArguments, console: Console) -> int:
     data = terminal.stats_data(arguments.store, arguments.targets, arguments.max_sequences)
     return _output(console, arguments, data, lambda: terminal.stats_view(data))
+
+
+def serve(arguments: ServeArguments, console: Console) -> int:
+    stores = serving.open_stores(arguments.stores, arguments.tokenizer)
+    server.serve(
+        stores,
+        arguments.host,
+        arguments.port,
+        arguments.token,
+        arguments.names,
+        lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True),
+    )
+    return 0
 
 
 def verify(arguments: VerifyArguments, console: Console) -> int:

@@ -5,42 +5,22 @@ shown as signs, and nothing is taken for markup.
 """
 
 import shlex
-import unicodedata
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from logit_store import manifests, reader
+from logit_store.inspect.queries import PieceText, Row, check_range, targets_row, tokens_row
+from logit_store.inspect.text import printable, visible
 from logit_store.repair import Outcome
 from logit_store.statistics import Distribution, Summary, distributions, summary
 from logit_store.verify import Problem, Report
-from schemas.errors import ConfigError
 from schemas.manifest import TargetsManifest, TokensManifest
 
-PieceText = Callable[[int], str]
 _CANDIDATES = 6
 _PIECE_CELLS = 14
-# How the entry is shown that stands for all ids without one of their own.
-_REST = "(all others)"
-_SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
-
-
-def visible(text: str) -> str:
-    """Text with white space and control characters as signs, safe to print anywhere."""
-    return "".join(_SIGNS.get(c, _harmless(c)) for c in text)
-
-
-def printable(text: str) -> str:
-    """Text with its spaces, but with a sign for each control character, line ends included."""
-    return "".join(_harmless(c) for c in text)
-
-
-def _harmless(character: str) -> str:
-    return "�" if unicodedata.category(character)[0] == "C" else character
 
 
 # inspect
@@ -139,68 +119,43 @@ def show_data(
 
     name None shows the tokens alone. Raises ConfigError for a sequence or position out of range.
     """
-    tokens_reader = reader.TokensReader(url)
-    manifest = tokens_reader.manifest
-    _check_range("sequence", sequence, manifest.num_sequences)
+    tokens = reader.TokensReader(url)
+    check_range("sequence", sequence, tokens.manifest.num_sequences)
     start = 0 if position is None else position
-    _check_range("position", start, manifest.sequence_tokens)
-    stop = min(start + count, manifest.sequence_tokens)
+    check_range("position", start, tokens.manifest.sequence_tokens)
+    stop = min(start + count, tokens.manifest.sequence_tokens)
     if name is None:
-        row = tokens_reader.rows([sequence])
-        batch, entry_position = None, None
+        row = tokens_row(tokens, sequence)
     else:
-        targets = reader.TargetsReader(url, name)
-        batch = targets.rows([sequence])
-        entry_position = targets.positions(batch)[0]
-        row = reader.TokenRows(batch.tokens, batch.segment_ids)
-        pieces, rest = text, targets.manifest.teacher.vocab_size
-
-        def text(id_: int) -> str:
-            return _REST if id_ == rest else pieces(id_)
-
+        row = targets_row(reader.TargetsReader(url, name), sequence)
     return {
         "store": url,
         "targets": name,
         "sequence": sequence,
-        "text": "".join(text(int(i)) for i in row.tokens[0, start:stop]),
-        "positions": [_position(row, batch, entry_position, t, text) for t in range(start, stop)],
+        "text": "".join(text(int(i)) for i in row.tokens[start:stop]),
+        "positions": [_position(row, t, text) for t in range(start, stop)],
     }
 
 
-def _position(
-    row: reader.TokenRows,
-    batch: reader.TargetBatch | None,
-    entry_position: np.ndarray | None,
-    t: int,
-    text: PieceText,
-) -> dict[str, Any]:
-    token = int(row.tokens[0, t])
+def _position(row: Row, t: int, text: PieceText) -> dict[str, Any]:
+    token = int(row.tokens[t])
     found: dict[str, Any] = {
         "position": t,
-        "segment": int(row.segment_ids[0, t]),
+        "segment": int(row.segment_ids[t]),
         "token": token,
         "text": text(token),
     }
-    if batch is None:
+    answer = row.answer(t, text)
+    if answer is None:
         return found
-    slots = np.flatnonzero((entry_position == t) & (batch.entry_id[0] >= 0))
-    if not slots.size:
-        return found
-    label = int(row.tokens[0, t + 1])
-    slots = slots[np.argsort(-batch.entry_weight[0, slots], kind="stable")]
-    ids = batch.entry_id[0, slots]
-    at = np.flatnonzero(ids == label)
     return found | {
-        "entropy_nats": float(batch.teacher_entropy[0, t]),
-        "label": label,
-        "label_text": text(label),
-        "label_probability": float(np.exp(batch.label_logprob[0, t])),
-        "label_rank_among_stored": int(at[0]) + 1 if at.size else None,
-        "label_weight": float(batch.entry_weight[0, slots[at[0]]]) if at.size else 0.0,
-        "candidates": [
-            {"id": int(i), "text": text(int(i)), "weight": float(batch.entry_weight[0, s])}
-            for i, s in zip(ids, slots, strict=True)
-        ],
+        "entropy_nats": answer.entropy_nats,
+        "label": answer.label,
+        "label_text": answer.label_text,
+        "label_probability": answer.probability,
+        "label_rank_among_stored": answer.rank,
+        "label_weight": answer.weight,
+        "candidates": [{"id": c.id, "text": c.text, "weight": c.weight} for c in answer.candidates],
     }
 
 
@@ -407,10 +362,3 @@ def _complete(found: Summary) -> str:
     if found.committed_shards == found.shards:
         return f"yes, {found.shards} shards"
     return f"no, {found.committed_shards} of {found.shards} shards"
-
-
-def _check_range(what: str, value: int, stop: int) -> None:
-    if not 0 <= value < stop:
-        raise ConfigError(
-            f"--{what} must be in [0, {stop}), but it is {value}; choose one in that range."
-        )
