@@ -67,7 +67,8 @@ class Ledger:
 
     def __init__(self, url: str, name: str | None, manifest: Manifest):
         self._url, self._path = url, layout.group_path(name) + layout.LEDGER
-        self._manifest = manifest
+        self.name = name
+        self.manifest = self._manifest = manifest
         self._store = storage.open_kvstore(url, self._path)
 
     @property

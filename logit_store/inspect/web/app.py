@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from logit_store.inspect.text import hidden, printable, readable, visible
-from logit_store.inspect.web import pages, svg
+from logit_store.inspect.web import compare_pages, pages, svg
 from logit_store.inspect.web.safety import Guard
 from logit_store.inspect.web.stores import Served
 from schemas.errors import (
@@ -105,7 +105,11 @@ class _Pages:
                 ),
                 Route(f"{store}/search", self._page(pages.search, "search.html")),
                 Route(f"{store}/find", self._page(pages.find, "find.html")),
-                Route(f"{store}/compare", self._page(pages.compare, "compare.html")),
+                Route(f"{store}/compare", self._page(compare_pages.compare, "compare.html")),
+                Route(
+                    f"{store}/compare/{{sequence:int}}/position/{{position:int}}",
+                    self._page(compare_pages.position, "compare_position.html"),
+                ),
             ],
             exception_handlers={RetortError: self.failed, HTTPException: self.refused},
         )

@@ -13,7 +13,7 @@ from logit_store.inspect.web import svg
 from logit_store.inspect.web.stores import Served
 from logit_store.layout import group_path
 from logit_store.statistics import Histogram
-from schemas.errors import ConfigError, CorruptStoreError, IncompleteStoreError, RetortError
+from schemas.errors import ConfigError, CorruptStoreError, IncompleteStoreError
 from schemas.manifest import SEGMENT_SHARDS
 
 Context = dict[str, Any]
@@ -274,11 +274,12 @@ def sequence(store: Served, request: Request, stores: Sequence[Served]) -> Conte
         "tokens": [] if row is None else list(_tokens(store, row)),
         "mean": None if row is None else _means(row),
         "step_nats": STEP_NATS,
-        "position": _asked(request, store),
+        "position": asked_position(request, store),
     }
 
 
-def _asked(request: Request, store: Served) -> int | None:
+def asked_position(request: Request, store: Served) -> int | None:
+    """The position that an address opens, or None. Raises ConfigError."""
     given = request.query_params.get("position")
     if given is None:
         return None
@@ -383,8 +384,3 @@ def find(store: Served, request: Request, stores: Sequence[Served]) -> Context:
         "lines": lines,
         "unit": "" if by == "mass" else "nats",
     }
-
-
-def compare(store: Served, request: Request, stores: Sequence[Served]) -> Context:
-    """Two sets of targets on the same sequence."""
-    raise RetortError("not yet")

@@ -8,9 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from logit_store import reader, statistics
 from logit_store.inspect import shards
@@ -21,8 +19,9 @@ from logit_store.inspect.text import Pieces
 from schemas.errors import CorruptStoreError, StoreNotFoundError
 from schemas.manifest import identity
 
-Predict = Callable[[np.ndarray, np.ndarray], Predictions]
-"""From tokens and segment ids int32 [L] of one row."""
+Predict = Callable[[Row], Predictions]
+"""What a model says of a row: entries for the ids that the row's own predictions have, for the most
+probable ones, and one for all others."""
 _KEPT_ROWS = 64
 _KEPT_SEGMENTS = 64
 _LOOK_AGAIN_SECONDS = 1.0
@@ -33,7 +32,6 @@ class Student:
     """A model that is asked while its page is made."""
 
     name: str
-    tokenizer_sha256: str
     predict: Predict
 
 
@@ -68,6 +66,7 @@ class Served:
         self._figures: dict[tuple[str, int], dict[str, statistics.Histogram]] = {}
         self._rankings: dict[tuple[str, By], Ranking] = {}
         self._first_seen: dict[str | None, tuple[float, int]] = {}
+        self._student_row: tuple[Row, Row] | None = None
         self._looked = -_LOOK_AGAIN_SECONDS
         self._lock = threading.RLock()
 
@@ -137,6 +136,17 @@ class Served:
             while len(self._rows) > _KEPT_ROWS:
                 self._rows.popitem(last=False)
         return row
+
+    def student_row(self, row: Row) -> Row:
+        """The same sequence as the student reads it; one row at a time is asked of it."""
+        assert self.student is not None
+        with self._lock:
+            # Rows are kept, so that the same object is the same row of the same targets.
+            kept = self._student_row
+            if kept is None or kept[0] is not row:
+                kept = (row, replace(row, predictions=self.student.predict(row)))
+                self._student_row = kept
+            return kept[1]
 
     def segment(self, name: str | None, number: int) -> list[Shard]:
         """The shards of one ledger segment; kept once all are committed."""
