@@ -121,26 +121,72 @@ class Distribution:
     percentiles: dict[int, float]
 
 
+@dataclass(frozen=True)
+class SourceFigures:
+    """Means of `columns` over sampled rows of one split of the corpus.
+
+    A split's files are packed one after another, so that a row may hold several: figures are of one
+    file where a split has one. `first_file` is its path, `files` their number.
+    """
+
+    first_file: str
+    files: int
+    sequences: int
+    positions: int
+    means: dict[str, float]
+
+
 def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, Distribution]:
     """Distributions over committed rows, evenly thinned to `max_sequences`.
 
     entries per token; stored mass; teacher entropy and label log-probability in nats; weight of the
     stored label, and its rank by weight from 1 (0 where the label was not sampled).
     """
+    return profile(url, name, max_sequences)[0]
+
+
+def profile(
+    url: str, name: str, max_sequences: int = 1024
+) -> tuple[dict[str, Distribution], list[SourceFigures]]:
+    """`distributions`, and of the same rows the means by source, in the corpus's order.
+
+    Raises CorruptStoreError for a list of sources that is not the manifest's.
+    """
     targets = reader.TargetsReader(url, name)
+    corpus = manifests.read_corpus(url, targets.tokens.manifest)
+    stops = np.array([split.stop_row for split in corpus.splits], np.int64)
     parts: dict[str, list[np.ndarray]] = {}
-    for batch in _sample(targets, max_sequences):
+    splits: list[np.ndarray] = []
+    rows_of = np.zeros(len(stops) + 1, np.int64)
+    for rows, batch in _sample(targets, max_sequences):
         for key, values in columns(targets, batch).items():
             parts.setdefault(key, []).append(values)
-    found = {}
-    for key, some in parts.items():
-        values = np.concatenate(some)
-        if values.size:
-            found[key] = Distribution(
-                float(values.mean()),
-                {p: float(np.percentile(values, p)) for p in _PERCENTILES},
+        of = np.searchsorted(stops, rows, side="right")
+        rows_of += np.bincount(of, minlength=len(rows_of))
+        splits.append(np.repeat(of, layout.predicted_mask(batch.segment_ids).sum(axis=1)))
+    values_of = {key: np.concatenate(some) for key, some in parts.items()}
+    found = {
+        key: Distribution(
+            float(values.mean()), {p: float(np.percentile(values, p)) for p in _PERCENTILES}
+        )
+        for key, values in values_of.items()
+        if values.size
+    }
+    split_of = np.concatenate(splits) if splits else np.zeros(0, np.int64)
+    counts = np.bincount(split_of, minlength=len(rows_of))
+    sources = []
+    for index, split in enumerate(corpus.splits):
+        if rows_of[index]:
+            means = {
+                key: float(values[split_of == index].mean()) if counts[index] else 0.0
+                for key, values in values_of.items()
+            }
+            path = corpus.sources[split.first_file].path
+            files = split.stop_file - split.first_file
+            sources.append(
+                SourceFigures(path, files, int(rows_of[index]), int(counts[index]), means)
             )
-    return found
+    return found, sources
 
 
 def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> float:
@@ -153,7 +199,7 @@ def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> f
     targets = reader.TargetsReader(url, name)
     parts = [
         batch.teacher_entropy[layout.predicted_mask(batch.segment_ids)]
-        for batch in _sample(targets, max_sequences)
+        for _, batch in _sample(targets, max_sequences)
     ]
     if not parts:
         raise IncompleteStoreError(
@@ -166,21 +212,30 @@ def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> f
     return float(values[np.argmin(np.abs(below[:-1] - share))]) if len(values) else 0.0
 
 
-def _sample(targets: reader.TargetsReader, max_sequences: int) -> Iterator[reader.TargetBatch]:
-    """Committed rows, evenly thinned to `max_sequences`, a few at a time."""
-    step = targets.manifest.shard_sequences
-    rows = np.concatenate(
-        [
-            np.arange(i * step, min((i + 1) * step, targets.manifest.num_sequences))
-            for i in np.flatnonzero(targets.committed).tolist()
-        ]
-        or [np.zeros(0, np.int64)]
-    )
-    if rows.size == 0:
-        return
-    rows = rows[np.unique(np.linspace(0, rows.size - 1, min(max_sequences, rows.size)).astype(int))]
+def _sample(
+    targets: reader.TargetsReader, max_sequences: int
+) -> Iterator[tuple[np.ndarray, reader.TargetBatch]]:
+    """Committed rows, evenly thinned to `max_sequences`, a few at a time: numbers and targets."""
+    rows = thinned(targets.manifest, targets.committed, max_sequences)
     for start in range(0, rows.size, _ROWS_AT_ONCE):
-        yield targets.rows(rows[start : start + _ROWS_AT_ONCE])
+        some = rows[start : start + _ROWS_AT_ONCE]
+        yield some, targets.rows(some)
+
+
+def thinned(manifest: Manifest, committed: np.ndarray, max_sequences: int) -> np.ndarray:
+    """Row numbers, int64 [at most max_sequences], evenly spread over shards that are committed.
+
+    `committed` is bool [num_shards]. Costs no more for shards of more rows.
+    """
+    firsts = np.flatnonzero(committed) * manifest.shard_sequences
+    sizes = np.minimum(firsts + manifest.shard_sequences, manifest.num_sequences) - firsts
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if ends.size else 0
+    if total == 0:
+        return np.zeros(0, np.int64)
+    place = np.unique(np.linspace(0, total - 1, min(max_sequences, total)).astype(np.int64))
+    shard = np.searchsorted(ends, place, side="right")
+    return firsts[shard] + place - (ends[shard] - sizes[shard])
 
 
 @dataclass(frozen=True)
@@ -203,7 +258,7 @@ def histograms(targets: reader.TargetsReader) -> dict[str, Histogram]:
     """
     parts: dict[str, list[np.ndarray]] = {}
     rows = max(1, _HISTOGRAM_TOKENS // targets.manifest.sequence_tokens)
-    for batch in _sample(targets, rows):
+    for _, batch in _sample(targets, rows):
         for key, values in columns(targets, batch).items():
             parts.setdefault(key, []).append(values)
     found = {}

@@ -1,7 +1,7 @@
 """Checks every byte of a store against its ledger, its manifests and the format's rules.
 
 Finds any flipped, truncated, missing, misplaced or extra byte and says which object and which shard
-is in. Reads only; `logit_store.repair` mends. Several threads check shards at once, as hashing and
+it is in. Reads only; `logit_store.repair` mends. Threads check several shards at once: hashing and
 decoding let go of the interpreter. Memory is that of a few rows for each, and of the list of the
 store's keys, about 100 bytes each.
 """
@@ -99,6 +99,18 @@ def verify(
     return check.report
 
 
+def metadata_problems(url: str) -> list[Problem]:
+    """What is wrong with manifests, metadata and tables alone: a few small objects are read.
+
+    Damage of the ledger is not among it: to read its summary is to check it.
+    """
+    keys = set(storage.list_keys(storage.open_kvstore(url, layout.COPIES)))
+    check = _Check(url, set(), lambda done, note: None, 1)
+    for name in (None, *target_names({layout.COPIES + key for key in keys})):
+        check.metadata(name)
+    return check.report.problems
+
+
 def target_names(keys: set[str]) -> list[str]:
     """The sets of targets that any of a store's keys speaks of, sorted."""
     found = set()
@@ -124,6 +136,12 @@ class _Check:
 
     def group(self, name: str | None) -> None:
         """Check the tokens or one set of targets."""
+        manifest = self.metadata(name)
+        if manifest is not None:
+            self._shards(name, manifest)
+
+    def metadata(self, name: str | None) -> Manifest | None:
+        """Check a group's manifest, metadata and tables; the manifest to go by, or None."""
         group = layout.group_path(name)
         keys = group + layout.GROUP_KEY, layout.manifest_copy_key(name)
         found, faults = sound_manifests(self._url, name)
@@ -133,7 +151,7 @@ class _Check:
             # Without a manifest nothing else of the group can be judged.
             others = (f"{group}", keys[1].removesuffix(".json"))
             self._known |= {key for key in self._keys if key.startswith(others)}
-            return
+            return None
         # By a copy all else can be judged as well.
         manifest = next(iter(found.values()))
         for key in found:
@@ -150,7 +168,7 @@ class _Check:
             if self._tokens and manifest.tokens_fingerprint != identity(self._tokens):
                 what = f"it is over tokens {manifest.tokens_fingerprint}, which are not the store's"
                 self._problem("manifest", group + layout.GROUP_KEY, what, name)
-        self._shards(name, manifest)
+        return manifest
 
     def targets_group(self) -> None:
         """Check the group that holds the sets of targets, which says nothing itself."""

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from rich.console import Console, RenderableType
 
-from logit_store import manifests, parquet, storage
-from logit_store.inspect import terminal
+from logit_store import chosen_rows, manifests, parquet, storage
+from logit_store.inspect import terminal, terminal_compare
 from logit_store.inspect.web import server
 from logit_store.ledger import Ledger
 from logit_store.reader import TokensReader, check_tokenizer
@@ -82,6 +82,10 @@ class InspectArguments(_StoreArguments):
 class VerifyArguments(_StoreArguments):
     """Check every byte of a store; exit status 1 if anything is wrong: `retort verify STORE`."""
 
+    workers: int | None = Field(
+        None, ge=1, description="Threads that share the shards; default: one a processor."
+    )
+
 
 class RepairArguments(_StoreArguments):
     """Mend a damaged store; exit status 1 if anything is left: `retort repair STORE`."""
@@ -119,6 +123,23 @@ class ShowArguments(_StoreArguments):
     tokenizer: Path | None = Field(
         None, description="SentencePiece model; default: tokenizer.model beside the store."
     )
+
+
+class ExportArguments(ExportConfig, _OutputArguments):
+    """A student as a Hugging Face folder, or a store's targets as files: `retort export`."""
+
+
+class DiffArguments(_OutputArguments):
+    """Two sets of targets over the same tokens: `retort diff A [B]`."""
+
+    stores: CliPositionalArg[tuple[str, ...]] = Field(
+        min_length=1, max_length=2, description="Two stores, or one with two sets of targets."
+    )
+    targets: str = Field("default", description="The set of targets of the first store.")
+    other_targets: str = Field(
+        "default", alias="other-targets", description="The set of the other, or of the same, store."
+    )
+    max_sequences: int = Field(1024, ge=1, description="Rows that are read, evenly spread.")
 
 
 class ServeArguments(Document):
@@ -198,18 +219,26 @@ def evaluate(config: EvalConfig, console: Console) -> int:
     return 0
 
 
-def export(config: ExportConfig, console: Console) -> int:
+def export(arguments: ExportArguments, console: Console) -> int:
+    config = _part(arguments, ExportConfig)
+    if config.store is not None and (config.rows is not None or config.to != "parquet"):
+        with progress.bar(Console(stderr=True), "export", None, "sequences") as advance:
+            rows = chosen_rows.export(
+                config.store, config.targets, config.rows, config.out, config.to, advance
+            )
+        data = {"store": config.store, "targets": config.targets, "sequences": rows, "files": 1}
+        text = f"targets '{config.targets}': {rows:,} sequences, {config.out}"
+        return _output(console, arguments, data | {"out": str(config.out)}, lambda: text)
     if config.store is not None:
         total = manifests.read_manifest(config.store, config.targets).num_shards
         with progress.bar(Console(stderr=True), "export", total, "shards") as advance:
             files, rows = parquet.export(config.store, config.targets, config.out, advance)
-        console.print(
-            f"targets '{config.targets}': {rows:,} sequences in {files} files, {config.out}"
-        )
-        return 0
+        data = {"store": config.store, "targets": config.targets, "sequences": rows, "files": files}
+        text = f"targets '{config.targets}': {rows:,} sequences in {files} files, {config.out}"
+        return _output(console, arguments, data | {"out": str(config.out)}, lambda: text)
     step = training.export(config)
-    console.print(f"model of step {step}: {config.out}")
-    return 0
+    data = {"run": str(config.run), "step": step, "out": str(config.out)}
+    return _output(console, arguments, data, lambda: f"model of step {step}: {config.out}")
 
 
 def plan(arguments: PlanArguments, console: Console) -> int:
@@ -245,6 +274,14 @@ def stats(arguments: StatsArguments, console: Console) -> int:
     return _output(console, arguments, data, lambda: terminal.stats_view(data))
 
 
+def diff(arguments: DiffArguments, console: Console) -> int:
+    left, right = arguments.stores[0], arguments.stores[-1]
+    data = terminal_compare.diff_data(
+        (left, arguments.targets), (right, arguments.other_targets), arguments.max_sequences
+    )
+    return _output(console, arguments, data, lambda: terminal_compare.diff_view(data))
+
+
 def serve(arguments: ServeArguments, console: Console) -> int:
     stores = serving.open_stores(arguments.stores, arguments.tokenizer)
     server.serve(
@@ -262,7 +299,7 @@ def verify(arguments: VerifyArguments, console: Console) -> int:
     total = _total_shards(arguments.store)
     # The bar goes to stderr, so that --json and pipes get the result alone.
     with progress.bar(Console(stderr=True), "verify", total, "shards") as advance:
-        report = verify_store(arguments.store, progress=advance)
+        report = verify_store(arguments.store, advance, arguments.workers)
     data = terminal.verify_data(arguments.store, report)
     _output(console, arguments, data, lambda: terminal.verify_view(arguments.store, report))
     return 0 if report.ok else EXIT_PROBLEMS

@@ -178,7 +178,7 @@ def test_show_names_what_stands_for_all_other_ids(tmp_path, monkeypatch):
 def test_long_pieces_leave_room_for_the_numbers_and_the_candidates(store):
     data = terminal.show_data(store, "default", 1, 0, 16, lambda index: "x" * 60)
     lines = printed(terminal.show_view(data)).splitlines()
-    assert lines[1].split() == ["pos", "token", "nats", "next", "p", "candidates"]
+    assert lines[1].split() == ["pos", "token", "nats", "next", "p", "rank", "candidates"]
     text = "\n".join(lines)
     for item in data["positions"]:
         assert f"\n{item['position']:3}  xxx" in text

@@ -5,8 +5,10 @@ shown as signs, and nothing is taken for markup.
 """
 
 import shlex
+from dataclasses import asdict
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,12 +17,14 @@ from logit_store import manifests, reader
 from logit_store.inspect.queries import PieceText, Row, check_range, targets_row, tokens_row
 from logit_store.inspect.text import printable, visible
 from logit_store.repair import Outcome
-from logit_store.statistics import Distribution, Summary, distributions, summary
-from logit_store.verify import Problem, Report
+from logit_store.statistics import Distribution, Summary, profile, summary
+from logit_store.verify import Problem, Report, metadata_problems
 from schemas.manifest import TargetsManifest, TokensManifest
 
 _CANDIDATES = 6
 _PIECE_CELLS = 14
+_SOURCE_CELLS = 34
+_SOURCES = 20
 
 
 # inspect
@@ -50,6 +54,7 @@ def inspect_data(url: str) -> dict[str, Any]:
         "software": manifest.software,
         "tokens": summary(url, None).as_dict(),
         "targets": targets,
+        "problems": _problems(metadata_problems(url)),
     }
 
 
@@ -106,7 +111,15 @@ def inspect_view(data: dict[str, Any]) -> RenderableType:
             ),
             _sizes(found),
         ]
+    parts.append(_health(data["problems"]))
     return Group(*parts)
+
+
+def _health(problems: list[dict[str, Any]]) -> RenderableType:
+    if not problems:
+        return Text("manifests, ledger and tables are whole; `retort verify` checks every byte")
+    lines = [Text(f"  {printable(p['file'] + ': ' + p['what'])}") for p in problems]
+    return Group(_title("damaged; run `retort verify`"), *lines)
 
 
 # show
@@ -168,6 +181,7 @@ def show_view(data: dict[str, Any]) -> RenderableType:
     table.add_column("nats", justify="right", no_wrap=True)
     table.add_column("next", no_wrap=True, max_width=_PIECE_CELLS)
     table.add_column("p", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("candidates", overflow="fold")
     for item in data["positions"]:
         row = [Text(str(item["position"])), Text(visible(item["text"]))]
@@ -181,6 +195,7 @@ def show_view(data: dict[str, Any]) -> RenderableType:
                 Text(f"{item['entropy_nats']:.2f}"),
                 Text(visible(item["label_text"])),
                 Text(f"{item['label_probability']:.3f}"),
+                Text(str(item["label_rank_among_stored"] or "-")),
                 shown + Text(f"  +{more}" if more > 0 else ""),
             ]
         table.add_row(*row)
@@ -191,8 +206,8 @@ def show_view(data: dict[str, Any]) -> RenderableType:
 
 
 def stats_data(url: str, name: str, max_sequences: int) -> dict[str, Any]:
-    """Summary and distributions of one set of targets."""
-    found = distributions(url, name, max_sequences)
+    """Summary and distributions of one set of targets, and means by source."""
+    found, sources = profile(url, name, max_sequences)
     return {
         "store": url,
         "targets": name,
@@ -200,6 +215,7 @@ def stats_data(url: str, name: str, max_sequences: int) -> dict[str, Any]:
         "distributions": {
             key: {"mean": d.mean, "percentiles": d.percentiles} for key, d in found.items()
         },
+        "sources": [asdict(source) for source in sources],
     }
 
 
@@ -212,7 +228,43 @@ def stats_view(data: dict[str, Any]) -> RenderableType:
     for key, found in rows.items():
         table.add_row(key, f"{found.mean:.3f}", *(f"{v:.3f}" for v in found.percentiles.values()))
     title = _title(f"{data['store']}: targets '{data['targets']}'")
-    return Group(title, table, _sizes(Summary(**data["summary"])))
+    parts: list[RenderableType] = [title, table]
+    if data["sources"]:
+        parts.append(_sources(data["sources"]))
+    return Group(*parts, _sizes(Summary(**data["summary"])))
+
+
+def _sources(sources: list[dict[str, Any]]) -> RenderableType:
+    """A line for each source, the least expected text first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("by source", no_wrap=True, max_width=_SOURCE_CELLS)
+    for heading in ("rows", "entries", "nats", "surprise", "mass"):
+        table.add_column(heading, justify="right")
+    order = sorted(sources, key=lambda s: s["means"].get("label log-probability (nats)", 0.0))
+    for source in order[:_SOURCES]:
+        # The end of a path tells it from others.
+        end = printable(source["first_file"])
+        more = f" +{source['files'] - 1}" if source["files"] > 1 else ""
+        room = _SOURCE_CELLS - len(more) - 1
+        name = (end if cell_len(end) <= room else "…" + _tail(end, room - 1)) + more
+        means = source["means"]
+        table.add_row(
+            Text(name),
+            f"{source['sequences']:,}",
+            f"{means.get('entries per token', 0):.2f}",
+            f"{means.get('teacher entropy (nats)', 0):.3f}",
+            f"{-means.get('label log-probability (nats)', 0):.3f}",
+            f"{means.get('stored mass', 0):.4f}",
+        )
+    if len(order) > _SOURCES:
+        table.add_row(Text(f"and {len(order) - _SOURCES} more (--json has all)"))
+    return table
+
+
+def _tail(text: str, cells: int) -> str:
+    while cell_len(text) > cells:
+        text = text[1:]
+    return text
 
 
 # verify
