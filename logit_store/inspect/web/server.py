@@ -35,6 +35,11 @@ def address(host: str, port: int, token: str | None) -> str:
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
+def needed_token(host: str, given: str | None) -> str | None:
+    """The token of an address: the one given, else a new one where others can connect."""
+    return given or (None if is_loopback(host) else secrets.token_urlsafe(24))
+
+
 def serve(
     stores: Sequence[Served],
     host: str,
@@ -48,8 +53,7 @@ def serve(
     An address that others can reach has a token, `token` or a new one. Raises ConfigError if the
     address cannot be had.
     """
-    if token is None and not is_loopback(host):
-        token = secrets.token_urlsafe(24)
+    token = needed_token(host, token)
     with listen(host, port) as open_socket:
         actual = open_socket.getsockname()[1]
         app = make_app(stores, token, [*names, host], actual)
