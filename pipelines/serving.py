@@ -46,11 +46,19 @@ def _raw(name: str, length: int) -> bytes:
 def open_stores(
     urls: Sequence[str], tokenizer: Path | None, student: Student | None = None
 ) -> list[Served]:
-    """The stores, under the shortest ends of their paths that tell them apart."""
+    """The stores, under the shortest ends of their paths that tell them apart.
+
+    The student is one of the first store's tokens.
+    """
     found = []
     for url, label in zip(urls, labels(urls), strict=True):
         used = find_tokenizer(url, tokenizer)
-        found.append(Served(url, label, None if used is None else pieces(used), student))
+        served = Served(url, label, None if used is None else pieces(used))
+        found.append(served)
+    for served in found:
+        # Others over the same tokens can be compared with it as well.
+        if served.fingerprint == found[0].fingerprint:
+            served.student = student
     return found
 
 

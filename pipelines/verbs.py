@@ -17,7 +17,16 @@ from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
 from pipelines import compile as compiling
-from pipelines import compile_view, plan_view, progress, runner, serving, train_view, training
+from pipelines import (
+    compile_view,
+    plan_view,
+    progress,
+    runner,
+    serving,
+    student,
+    train_view,
+    training,
+)
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
 from pipelines import quickstart as quickstart_run
@@ -165,6 +174,9 @@ class ServeArguments(Document):
     tokenizer: Path | None = Field(
         None, description="SentencePiece model; default: tokenizer.model beside each store."
     )
+    student: Path | None = Field(
+        None, description="An exported model, to compare with the targets of the first store."
+    )
 
 
 def quickstart(config: QuickstartConfig, console: Console) -> int:
@@ -283,7 +295,10 @@ def diff(arguments: DiffArguments, console: Console) -> int:
 
 
 def serve(arguments: ServeArguments, console: Console) -> int:
-    stores = serving.open_stores(arguments.stores, arguments.tokenizer)
+    model = None
+    if arguments.student is not None:
+        model = student.load(arguments.student, arguments.stores[0])
+    stores = serving.open_stores(arguments.stores, arguments.tokenizer, model)
     server.serve(
         stores,
         arguments.host,

@@ -70,6 +70,21 @@ def divergence(left: Entries, right: Entries, vocab_size: int, floor: float) -> 
     )
 
 
+def cross_entropy(left: Entries, right: Entries, vocab_size: int) -> np.ndarray:
+    """Sum over the left's ids of its weight times less the right's log-probability, nats [P].
+
+    Where the left is an unbiased sample of a teacher, and the right has each of its ids, as a
+    student has, this is an unbiased estimate of their cross-entropy; less the entropy, of their KL.
+    """
+    key, weight = _keyed(left, vocab_size)
+    other, probability = _keyed(right, vocab_size)
+    order = np.argsort(other)
+    at = np.minimum(np.searchsorted(other, key, sorter=order), len(other) - 1)
+    found = np.where(other[order[at]] == key, probability[order[at]], 0)
+    nats = -np.log(np.maximum(found, np.finfo(np.float32).tiny))
+    return np.bincount(key // (vocab_size + 1), weight * nats, len(left.ends) - 1)
+
+
 def _keyed(entries: Entries, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     position = np.repeat(np.arange(len(entries.ends) - 1), np.diff(entries.ends))
     return position * (vocab_size + 1) + entries.id, entries.weight.astype(np.float64)

@@ -8,7 +8,7 @@ import numpy as np
 from starlette.requests import Request
 
 from logit_store.inspect import queries
-from logit_store.inspect.compare import Divergence, divergence, floor
+from logit_store.inspect.compare import Divergence, cross_entropy, divergence, floor
 from logit_store.inspect.queries import Answer, Row
 from logit_store.inspect.web import pages
 from logit_store.inspect.web.stores import Served
@@ -89,6 +89,25 @@ def _divergence(left: Row, right: Row, least: float) -> Divergence:
     return divergence(left.predictions.entries, right.predictions.entries, vocab_size, least)
 
 
+def _student_kl(chosen: list[_Side], left: Row, right: Row) -> np.ndarray | None:
+    """An unbiased estimate of KL(teacher || student), nats [L], or None if that is not compared.
+
+    Single positions may be below 0; their mean is right.
+    """
+    name = chosen[0].name
+    if name is None or chosen[1].name is not None:
+        return None
+    manifest = chosen[0].store.targets(name).manifest
+    if manifest.sampler.name == "top_k":
+        return None
+    assert left.predictions is not None
+    assert right.predictions is not None
+    nats = cross_entropy(
+        left.predictions.entries, right.predictions.entries, manifest.teacher.vocab_size
+    )
+    return nats - left.predictions.entropy_nats
+
+
 def compare(store: Served, request: Request, stores: Sequence[Served]) -> dict[str, Any]:
     """Every token of a sequence, coloured by how much the two sides differ after it."""
     number = pages.whole(request.query_params.get("sequence", "0"), "sequence")
@@ -116,9 +135,12 @@ def compare(store: Served, request: Request, stores: Sequence[Served]) -> dict[s
     assert left.predictions is not None
     assert right.predictions is not None
     found = _divergence(left, right, chosen[1].floor)
+    kl = _student_kl(chosen, left, right)
+    is_unbiased = kl is not None
+    kl = found.kl if kl is None else kl
     colours = [
         pages.steps(values)
-        for values in (found.kl, left.predictions.surprise_nats, right.predictions.surprise_nats)
+        for values in (kl, left.predictions.surprise_nats, right.predictions.surprise_nats)
     ]
     texts = [store.pieces.text(int(i)) for i in left.tokens]
     used = np.flatnonzero(left.segment_ids)
@@ -135,7 +157,8 @@ def compare(store: Served, request: Request, stores: Sequence[Served]) -> dict[s
             for t in range(stop)
         ],
         "means": {
-            "kl": mean(found.kl),
+            "kl": mean(kl),
+            "is_unbiased": is_unbiased,
             "js": mean(found.js),
             "top": mean(found.same_top),
             "left": mean(left.predictions.surprise_nats),
@@ -155,6 +178,7 @@ def position(store: Served, request: Request, stores: Sequence[Served]) -> dict[
     rows = _rows(chosen[0], chosen[1], number)
     answers = [row.answer(t, store.pieces.text) for row in rows]
     found = _divergence(rows[0], rows[1], chosen[1].floor)
+    kl = _student_kl(chosen, rows[0], rows[1])
     return {
         "number": number,
         "position": t,
@@ -162,7 +186,7 @@ def position(store: Served, request: Request, stores: Sequence[Served]) -> dict[
         "chosen": chosen,
         "answers": answers,
         "lines": _lines(answers[0], answers[1]),
-        "kl": float(found.kl[t]),
+        "kl": float((found.kl if kl is None else kl)[t]),
         "js": float(found.js[t]),
     }
 
