@@ -3,8 +3,9 @@
 `python -m benchmarks.inspect_pages` writes a store of 1,048,576 sequences of 32 tokens in 256
 shards (entries of one shard are used for all; tokens and statistics differ), serves it on loopback,
 and asks for each page over HTTP: cold, as the first request to a new server, and warm, with other
-sequences each time. Files are in the operating system's cache. Prints median and largest time, and
-bytes of the answer. `--keep FOLDER` keeps the store, and reads one that is there.
+sequences each time. Files are in the operating system's cache. Prints median and largest time, the
+median of processor time, which other work on the machine hardly changes, and bytes of the answer.
+`--keep FOLDER` keeps the store, and reads one that is there.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import uvicorn
@@ -136,18 +138,26 @@ def served(url: str) -> Iterator[int]:
             thread.join()
 
 
-def ask(port: int, path: str) -> tuple[float, int]:
-    """Seconds until the whole page is there, and its bytes. Raises unless it is a page."""
+class Asked(NamedTuple):
+    """Seconds until the whole page was there, seconds of all processors, bytes."""
+
+    seconds: float
+    cpu_seconds: float
+    size: int
+
+
+def ask(port: int, path: str) -> Asked:
+    """Ask for a page of the server in this process. Raises unless it is one."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     connection.request("GET", path)
     answer = connection.getresponse()
     raw = answer.read()
-    elapsed = time.perf_counter() - start
+    elapsed, used = time.perf_counter() - start, time.process_time() - cpu
     connection.close()
     if answer.status != 200:
         raise RuntimeError(f"{path}: {answer.status} {raw[:500]!r}")
-    return elapsed, len(raw)
+    return Asked(elapsed, used, len(raw))
 
 
 PAGES: dict[str, str] = {
@@ -179,8 +189,8 @@ def measure(url: str, rows: int, times: int) -> None:
             id=random.integers(4, VOCAB),
         )
 
-    print("| page | cold, median | cold, most | warm, median | warm, most | kB |")
-    print("|---|---|---|---|---|---|")
+    print("| page | cold, median | most | CPU | warm, median | most | CPU | kB |")
+    print("|---|---|---|---|---|---|---|---|")
     worst = 0.0
     for name, template in PAGES.items():
         cold = []
@@ -191,10 +201,11 @@ def measure(url: str, rows: int, times: int) -> None:
             warm = [ask(port, path(template)) for _ in range(4 * times)][1:]
         cells = []
         for found in (cold, warm):
-            seconds = [second for second, _ in found]
+            seconds = [one.seconds for one in found]
             cells += [statistics.median(seconds), max(seconds)]
+            cells.append(statistics.median(one.cpu_seconds for one in found))
         worst = max(worst, *cells)
-        size = statistics.median(size for _, size in cold)
+        size = statistics.median(one.size for one in cold)
         text = " | ".join(f"{1e3 * cell:.0f} ms" for cell in cells)
         print(f"| {name} | {text} | {size / 1e3:.0f} |", flush=True)
     print(f"\nslowest: {1e3 * worst:.0f} ms; limit {1e3 * LIMIT_SECONDS:.0f} ms")

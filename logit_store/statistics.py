@@ -216,7 +216,12 @@ def _sample(
     targets: reader.TargetsReader, max_sequences: int
 ) -> Iterator[tuple[np.ndarray, reader.TargetBatch]]:
     """Committed rows, evenly thinned to `max_sequences`, a few at a time: numbers and targets."""
-    rows = thinned(targets.manifest, targets.committed, max_sequences)
+    return _read(targets, thinned(targets.manifest, targets.committed, max_sequences))
+
+
+def _read(
+    targets: reader.TargetsReader, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, reader.TargetBatch]]:
     for start in range(0, rows.size, _ROWS_AT_ONCE):
         some = rows[start : start + _ROWS_AT_ONCE]
         yield some, targets.rows(some)
@@ -247,18 +252,26 @@ class Histogram:
     mean: float
 
 
-_HISTOGRAM_TOKENS = 32_768
+_HISTOGRAM_TOKENS = 8_192
+_HISTOGRAM_SHARDS = 8
 _BINS = 24
 
 
 def histograms(targets: reader.TargetsReader) -> dict[str, Histogram]:
-    """Of each of `columns`, over about 32,768 tokens of committed rows, evenly spread.
+    """Of each of `columns`, over about 8,192 tokens of rows from up to 8 committed shards.
 
-    Whole numbers have a bin each, of which the last takes all that are larger.
+    From few shards, as the index of each that is read is as long as its rows are many. Whole
+    numbers have a bin each, of which the last takes all that are larger.
     """
+    manifest = targets.manifest
+    there = np.flatnonzero(targets.committed)
+    most = max(1, _HISTOGRAM_TOKENS // manifest.sequence_tokens)
+    few = np.zeros_like(targets.committed)
+    if there.size:
+        spread = np.linspace(0, there.size - 1, min(_HISTOGRAM_SHARDS, most, there.size))
+        few[there[spread.astype(int)]] = True
     parts: dict[str, list[np.ndarray]] = {}
-    rows = max(1, _HISTOGRAM_TOKENS // targets.manifest.sequence_tokens)
-    for _, batch in _sample(targets, rows):
+    for _, batch in _read(targets, thinned(manifest, few, most)):
         for key, values in columns(targets, batch).items():
             parts.setdefault(key, []).append(values)
     found = {}

@@ -95,7 +95,7 @@ def test_an_overview_opens_with_its_plots(visit, address):
     page.goto(f"{address}/")
     page.get_by_role("link", name="store 0").click()
     expect(page.get_by_role("heading", name="store 0")).to_be_visible()
-    expect(page.locator(".plots svg.plot")).to_have_count(4)
+    expect(page.locator(".plots figure")).to_have_count(4)
     expect(page.locator("svg.map a")).to_have_count(3)
     expect(page.locator("#progress")).to_contain_text("Complete")
     # The map changes its colours in place.
@@ -190,7 +190,7 @@ def test_on_a_phone_a_tap_opens_the_candidates_and_they_can_be_closed(browser, a
     page.get_by_role("button", name="close").tap()
     expect(page.locator(".candidates")).to_have_count(0)
     page.goto(f"{address}/s/0")
-    expect(page.locator(".plots svg.plot")).to_have_count(4)
+    expect(page.locator(".plots figure")).to_have_count(4)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     found.check()
     context.close()

@@ -18,7 +18,7 @@ from logit_store.inspect.text import Pieces
 from logit_store.statistics import stored_mass
 from schemas.errors import ConfigError, CorruptStoreError
 
-_TOKENS_AT_ONCE = 32_768
+_TOKENS_AT_ONCE = 16_384
 _CONTEXT_TOKENS = 12
 By = Literal["surprise", "entropy", "mass"]
 
@@ -182,14 +182,15 @@ class Ranking:
         return self.is_ledger_read and self.shards_read == len(self._means)
 
     def advance(self, seconds: float) -> None:
-        """Read on for about so long, one step at least."""
+        """Read on for about so long; one step at least, and until there is something to show."""
         started = time.monotonic()
         while not self.is_complete:
             if self.is_ledger_read:
                 self._read_rows()
             else:
                 self._read_segment()
-            if time.monotonic() - started > seconds:
+            has_some = self.best or not self.is_ledger_read
+            if has_some and time.monotonic() - started > seconds:
                 return
 
     def _read_segment(self) -> None:

@@ -84,6 +84,9 @@ class _Pages:
             "stores": self.stores,
             "link": self._link,
         }
+        for name in self._templates.list_templates():
+            # Compiled now rather than when the first page is asked for.
+            self._templates.get_template(name)
         store = "/s/{store:int}"
         self.app = Starlette(
             routes=[

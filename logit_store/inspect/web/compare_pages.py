@@ -192,12 +192,20 @@ def position(store: Served, request: Request, stores: Sequence[Served]) -> dict[
 
 
 def _lines(left: Answer | None, right: Answer | None) -> list[dict[str, Any]]:
-    """The candidates of either side, those first that are heaviest on one of them."""
+    """The candidates of either side, the heaviest on one of them first, all others last."""
     lines: dict[int, dict[str, Any]] = {}
     for index, answer in enumerate((left, right)):
         for c in answer.candidates if answer else ():
             line = lines.setdefault(
-                c.id, {"text": c.text, "is_label": c.is_label, "weights": [None, None]}
+                c.id,
+                {
+                    "text": c.text,
+                    "is_label": c.is_label,
+                    "is_rest": c.text == queries.REST,
+                    "weights": [None, None],
+                },
             )
             line["weights"][index] = c.weight
-    return sorted(lines.values(), key=lambda line: -max(w or 0.0 for w in line["weights"]))
+    return sorted(
+        lines.values(), key=lambda line: (line["is_rest"], -max(w or 0.0 for w in line["weights"]))
+    )

@@ -17,9 +17,9 @@ from schemas.errors import ConfigError, CorruptStoreError, IncompleteStoreError
 from schemas.manifest import SEGMENT_SHARDS
 
 Context = dict[str, Any]
-STEP_NATS = (0.05, 0.2, 0.5, 1.0, 1.6, 2.4, 3.4, 5.0)
+STEP_NATS = (0.1, 0.3, 0.7, 1.3, 2.0, 3.0, 4.2, 5.6)
 """Edges between the steps of the colour scales, in nats."""
-_SEARCH_SECONDS = 0.12
+_SEARCH_SECONDS = 0.08
 _BY = {
     "surprise": "most surprising",
     "entropy": "highest entropy",
@@ -115,7 +115,7 @@ def figures(store: Served, request: Request, stores: Sequence[Served]) -> Contex
         "entries per token": ("Entries per token", ""),
         "teacher entropy (nats)": ("Teacher entropy", "nats"),
         "stored mass": ("Captured mass", ""),
-        "rank of the label": ("Rank of the true token (0: not sampled)", ""),
+        "rank of the label": ("Rank of the true token", ""),
     }
     found: dict[str, Histogram] = {} if name is None else store.figures(name)
     for key, (title, unit) in titles.items():
@@ -125,6 +125,7 @@ def figures(store: Served, request: Request, stores: Sequence[Served]) -> Contex
                     "title": title,
                     "unit": unit,
                     "mean": found[key].mean,
+                    "is_constant": len(found[key].counts) == 1,
                     "svg": svg.histogram(found[key], title, unit),
                 }
             )

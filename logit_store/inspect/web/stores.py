@@ -4,11 +4,14 @@ Everything is found by a store's place on the command line and a set's name in i
 ever comes from a request.
 """
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from logit_store import reader, statistics
 from logit_store.inspect import shards
@@ -16,7 +19,7 @@ from logit_store.inspect.queries import Predictions, Row, targets_row, tokens_ro
 from logit_store.inspect.search import By, Ranking
 from logit_store.inspect.shards import Shard
 from logit_store.inspect.text import Pieces
-from schemas.errors import CorruptStoreError, StoreNotFoundError
+from schemas.errors import CorruptStoreError, RetortError, StoreNotFoundError
 from schemas.manifest import identity
 
 Predict = Callable[[Row], Predictions]
@@ -69,6 +72,18 @@ class Served:
         self._student_row: tuple[Row, Row] | None = None
         self._looked = -_LOOK_AGAIN_SECONDS
         self._lock = threading.RLock()
+        self._warm()
+
+    def _warm(self) -> None:
+        """Open every set of targets and decode a row, so that the first page need not wait for it.
+
+        What cannot be read is told by the page that needs it, which meets it again.
+        """
+        for name in self.names():
+            with contextlib.suppress(RetortError):
+                first = np.flatnonzero(self.targets(name).committed)[:1]
+                for shard in first.tolist():
+                    self.row(name, shard * self.targets(name).manifest.shard_sequences)
 
     @property
     def fingerprint(self) -> str:

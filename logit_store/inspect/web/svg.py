@@ -92,8 +92,8 @@ def stack(sizes: Sequence[tuple[str, float]]) -> Markup:
 
 
 def grid(cells: Sequence[tuple[str, str, str]]) -> Markup:
-    """A map: a square for each (class, title, link), in rows; the largest side stays readable."""
-    columns = min(len(cells), 64) if len(cells) > 32 else max(len(cells), 8)
+    """A map: a square for each (class, title, link), in rows of 32 or 64."""
+    columns = 64 if len(cells) > 128 else 32
     rows = -(-len(cells) // columns)
     parts = []
     for index, (kind, title, link) in enumerate(cells):

@@ -132,7 +132,7 @@ function reader(root) {
   function pin(token, keepAddress) {
     pinned = true;
     if (!keepAddress) history.replaceState(null, "", "#" + token.id);
-    show(token);
+    return show(token);
   }
 
   text.addEventListener("pointerover", (event) => {
@@ -182,11 +182,12 @@ function reader(root) {
     if (next) { pin(next); next.scrollIntoView({ block: "nearest" }); }
   });
 
-  function open(position) {
+  async function open(position) {
     const token = at(position);
     if (!token) return;
-    pin(token, true);
-    token.scrollIntoView({ block: "center" });
+    await pin(token, true);
+    // On a phone the panel covers the lower half.
+    token.scrollIntoView({ block: getComputedStyle(panel).position === "fixed" ? "start" : "center" });
   }
   function follow_address() {
     const found = /^#t(\d+)$/.exec(location.hash);
