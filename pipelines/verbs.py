@@ -12,7 +12,6 @@ from logit_store import chosen_rows, manifests, parquet, storage
 from logit_store.inspect import terminal, terminal_compare
 from logit_store.inspect.web import server
 from logit_store.ledger import Ledger
-from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
@@ -382,16 +381,14 @@ def _output(console: Console, arguments: _OutputArguments, data: dict[str, Any],
 
 def _tokenizer(arguments: ShowArguments) -> Tokenizer:
     """The tokenizer that made the store. Raises ConfigError if it is another or not found."""
-    path = arguments.tokenizer or Path(arguments.store).parent / training.TOKENIZER_FILE
-    if "://" in arguments.store and arguments.tokenizer is None:
+    tokenizer = serving.find_tokenizer(arguments.store, arguments.tokenizer)
+    if tokenizer is None:
+        where = "remote stores are not searched for it"
+        if "://" not in arguments.store:
+            where = f"there is no {training.TOKENIZER_FILE} beside {arguments.store}"
         raise ConfigError(
-            "To show text, the store's tokenizer is needed, and beside a remote store it is not "
-            "looked for; give --tokenizer FILE."
+            f"To show text, the store's tokenizer is needed, but {where}; give --tokenizer FILE."
         )
-    tokenizer = Tokenizer.load(path)
-    check_tokenizer(
-        TokensReader(arguments.store).manifest, tokenizer.info.sha256, tokenizer.info.vocab_size
-    )
     return tokenizer
 
 

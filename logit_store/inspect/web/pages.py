@@ -196,10 +196,10 @@ _STATES = {
 def _state(store: Served, name: str | None, shard: shards.Shard) -> str:
     if shard.state != "committed":
         return shard.state
-    places = {(name, shard.index)}
-    if any(place in store.damaged for place in places):
+    place = (name, shard.index)
+    if place in store.damaged:
         return "damaged"
-    return "sound" if any(place in store.sound for place in places) else "committed"
+    return "sound" if place in store.sound else "committed"
 
 
 def shard(store: Served, request: Request, stores: Sequence[Served]) -> Context:

@@ -67,7 +67,7 @@ class Served:
         self._segments: OrderedDict[tuple[str | None, int], list[Shard]] = OrderedDict()
         self._summaries: dict[tuple[str | None, int], statistics.Summary] = {}
         self._figures: dict[tuple[str, int], dict[str, statistics.Histogram]] = {}
-        self._rankings: dict[tuple[str, By], Ranking] = {}
+        self._rankings: dict[tuple[str, By, int], Ranking] = {}
         self._first_seen: dict[str | None, tuple[float, int]] = {}
         self._student_row: tuple[Row, Row] | None = None
         self._looked = -_LOOK_AGAIN_SECONDS
@@ -199,10 +199,13 @@ class Served:
 
     def ranking(self, name: str, by: By, seconds: float) -> Ranking:
         """What stands out, looked for a while longer at each call."""
+        committed = int(self.targets(name).committed.sum())
         with self._lock:
-            key = (name, by)
+            key = (name, by, committed)
             if key not in self._rankings:
-                self._rankings[key] = Ranking(self.targets(name), by)
+                # Of fewer shards none is of use any more.
+                kept = {k: r for k, r in self._rankings.items() if k[:2] != key[:2]}
+                self._rankings = kept | {key: Ranking(self.targets(name), by)}
             self._rankings[key].advance(seconds)
             return self._rankings[key]
 
