@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -286,8 +287,13 @@ def test_a_store_without_targets_and_tokenizer_is_read_by_numbers(tmp_path):
 def test_what_a_user_installs_has_the_pages(tmp_path):
     """A wheel holds the templates and static files, and nothing of them is fetched elsewhere."""
     root = Path(__file__).parents[1]
+    # A build leaves folders beside its sources.
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "logit_store", copy / "logit_store")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, copy)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", str(tmp_path), str(root)], check=True, cwd=tmp_path)
+    subprocess.run([*command, "-w", str(tmp_path), str(copy)], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     folder = root / "logit_store/inspect/web"
