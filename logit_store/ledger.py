@@ -67,7 +67,8 @@ class Ledger:
 
     def __init__(self, url: str, name: str | None, manifest: Manifest):
         self._url, self._path = url, layout.group_path(name) + layout.LEDGER
-        self._manifest = manifest
+        self.name = name
+        self.manifest = self._manifest = manifest
         self._store = storage.open_kvstore(url, self._path)
 
     @property
@@ -152,6 +153,25 @@ class Ledger:
                     continue
             for index, raw in found:
                 yield index, self._path + record_key(index), raw
+
+    def lines_of(self, number: int) -> Iterator[tuple[int, str, bytes]]:
+        """As `lines`, of the shards of one segment alone, and without a listing."""
+        span = self._span(number)
+        try:
+            lines = self._segment_lines(number)
+            if lines is None:
+                found = list(self._read_records(list(span)))
+                # Records that are missing may have gone into a segment since it was looked for.
+                if len(found) < len(span):
+                    lines = self._segment_lines(number)
+        except CorruptStoreError:
+            lines = [b""] * len(span)
+        if lines is not None:
+            for index, line in zip(span, lines, strict=True):
+                yield index, self._path + segment_key(number), line
+            return
+        for index, raw in found:
+            yield index, self._path + record_key(index), raw
 
     def superseded(self) -> list[tuple[int, str]]:
         """Shards and keys of records that lie beside the segment that replaces them."""

@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from logit_store.entries import by_position
 from logit_store.ledger import plan_shards
 from logit_store.reader import TargetBatch, TargetsReader
 from schemas.errors import ConfigError, IncompleteStoreError
-from schemas.manifest import ShardSpec
+from schemas.manifest import ShardSpec, TargetsManifest
 
 Progress = Callable[[int, str], None]
 _ROWS_AT_ONCE = 16
@@ -56,16 +57,14 @@ def export(
             f"{targets.manifest.num_shards} shards of '{name}' of {url} are not committed; run "
             "the job that writes them again."
         )
-    manifest = targets.manifest.canonical_json().encode()
-    schema = SCHEMA.with_metadata({_METADATA: manifest})
-    _check_folder(out, manifest)
+    _check_folder(out, targets.manifest.canonical_json().encode())
     out.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(targets.manifest)
     for spec in shards:
         path = out / f"targets-{spec.index:08d}.parquet"
         if not path.exists():
             unfinished = path.with_name(path.name + _UNFINISHED)
-            _write(targets, spec, schema, unfinished)
+            _write(targets, spec, unfinished)
             os.replace(unfinished, path)
         progress(spec.index + 1, path.name)
     return len(shards), targets.manifest.num_sequences
@@ -88,13 +87,23 @@ def _check_folder(out: Path, manifest: bytes) -> None:
             )
 
 
-def _write(targets: TargetsReader, spec: ShardSpec, schema: pa.Schema, path: Path) -> None:
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+def schema(manifest: TargetsManifest) -> pa.Schema:
+    """The columns, with the manifest as metadata."""
+    return SCHEMA.with_metadata({_METADATA: manifest.canonical_json().encode()})
+
+
+def table(targets: TargetsReader, rows: np.ndarray) -> pa.Table:
+    """Decoded rows int64 [R] as a table of R rows. Raises what the reader raises."""
+    batch = targets.rows(rows)
+    columns = [pa.array(rows), *_columns(batch, targets.positions(batch))]
+    return pa.table(columns, schema=schema(targets.manifest))
+
+
+def _write(targets: TargetsReader, spec: ShardSpec, path: Path) -> None:
+    with pq.ParquetWriter(path, schema(targets.manifest), compression="zstd") as writer:
         for start in range(spec.first_row, spec.stop_row, _ROWS_AT_ONCE):
             rows = np.arange(start, min(start + _ROWS_AT_ONCE, spec.stop_row))
-            batch = targets.rows(rows)
-            columns = [pa.array(rows), *_columns(batch, targets.positions(batch))]
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_table(table(targets, rows))
 
 
 def _columns(batch: TargetBatch, positions: np.ndarray) -> list[pa.Array]:
@@ -104,21 +113,17 @@ def _columns(batch: TargetBatch, positions: np.ndarray) -> list[pa.Array]:
     def per_token(values: np.ndarray) -> pa.Array:
         return _lists(np.arange(rows + 1) * length, pa.array(values.reshape(-1)))
 
-    used = batch.entry_id >= 0
-    flat = (positions + np.arange(rows)[:, None] * length)[used]
-    ids, weights = batch.entry_id[used], batch.entry_weight[used]
-    order = np.lexsort((ids, -weights, flat))
-    ends = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=rows * length))])
+    entries = by_position(batch, positions)
 
     def per_entry(values: np.ndarray) -> pa.Array:
-        of_tokens = _lists(ends, pa.array(values[order]))
+        of_tokens = _lists(entries.ends, pa.array(values))
         return _lists(np.arange(rows + 1) * length, of_tokens)
 
     return [
         per_token(batch.tokens),
         per_token(batch.segment_ids),
-        per_entry(ids),
-        per_entry(weights),
+        per_entry(entries.id),
+        per_entry(entries.weight),
         per_token(batch.teacher_entropy),
         per_token(batch.label_logprob),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from logit_store import layout, manifests, reader, storage
+from logit_store.entries import by_position
 from logit_store.ledger import Ledger, summary_bytes
 from schemas.errors import IncompleteStoreError
 from schemas.manifest import Manifest, ShardStatistics, TokensManifest
@@ -120,26 +121,72 @@ class Distribution:
     percentiles: dict[int, float]
 
 
+@dataclass(frozen=True)
+class SourceFigures:
+    """Means of `columns` over sampled rows of one split of the corpus.
+
+    A split's files are packed one after another, so that a row may hold several: figures are of one
+    file where a split has one. `first_file` is its path, `files` their number.
+    """
+
+    first_file: str
+    files: int
+    sequences: int
+    positions: int
+    means: dict[str, float]
+
+
 def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, Distribution]:
     """Distributions over committed rows, evenly thinned to `max_sequences`.
 
     entries per token; stored mass; teacher entropy and label log-probability in nats; weight of the
-    stored label (0 where the label was not sampled).
+    stored label, and its rank by weight from 1 (0 where the label was not sampled).
+    """
+    return profile(url, name, max_sequences)[0]
+
+
+def profile(
+    url: str, name: str, max_sequences: int = 1024
+) -> tuple[dict[str, Distribution], list[SourceFigures]]:
+    """`distributions`, and of the same rows the means by source, in the corpus's order.
+
+    Raises CorruptStoreError for a list of sources that is not the manifest's.
     """
     targets = reader.TargetsReader(url, name)
-    columns: dict[str, list[np.ndarray]] = {}
-    for batch in _sample(targets, max_sequences):
-        for key, values in _columns(targets, batch).items():
-            columns.setdefault(key, []).append(values)
-    found = {}
-    for key, parts in columns.items():
-        values = np.concatenate(parts)
-        if values.size:
-            found[key] = Distribution(
-                float(values.mean()),
-                {p: float(np.percentile(values, p)) for p in _PERCENTILES},
+    corpus = manifests.read_corpus(url, targets.tokens.manifest)
+    stops = np.array([split.stop_row for split in corpus.splits], np.int64)
+    parts: dict[str, list[np.ndarray]] = {}
+    splits: list[np.ndarray] = []
+    rows_of = np.zeros(len(stops) + 1, np.int64)
+    for rows, batch in _sample(targets, max_sequences):
+        for key, values in columns(targets, batch).items():
+            parts.setdefault(key, []).append(values)
+        of = np.searchsorted(stops, rows, side="right")
+        rows_of += np.bincount(of, minlength=len(rows_of))
+        splits.append(np.repeat(of, layout.predicted_mask(batch.segment_ids).sum(axis=1)))
+    values_of = {key: np.concatenate(some) for key, some in parts.items()}
+    found = {
+        key: Distribution(
+            float(values.mean()), {p: float(np.percentile(values, p)) for p in _PERCENTILES}
+        )
+        for key, values in values_of.items()
+        if values.size
+    }
+    split_of = np.concatenate(splits) if splits else np.zeros(0, np.int64)
+    counts = np.bincount(split_of, minlength=len(rows_of))
+    sources = []
+    for index, split in enumerate(corpus.splits):
+        if rows_of[index]:
+            means = {
+                key: float(values[split_of == index].mean()) if counts[index] else 0.0
+                for key, values in values_of.items()
+            }
+            path = corpus.sources[split.first_file].path
+            files = split.stop_file - split.first_file
+            sources.append(
+                SourceFigures(path, files, int(rows_of[index]), int(counts[index]), means)
             )
-    return found
+    return found, sources
 
 
 def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> float:
@@ -152,7 +199,7 @@ def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> f
     targets = reader.TargetsReader(url, name)
     parts = [
         batch.teacher_entropy[layout.predicted_mask(batch.segment_ids)]
-        for batch in _sample(targets, max_sequences)
+        for _, batch in _sample(targets, max_sequences)
     ]
     if not parts:
         raise IncompleteStoreError(
@@ -165,40 +212,117 @@ def entropy_quantile(url: str, name: str, share: float, max_sequences: int) -> f
     return float(values[np.argmin(np.abs(below[:-1] - share))]) if len(values) else 0.0
 
 
-def _sample(targets: reader.TargetsReader, max_sequences: int) -> Iterator[reader.TargetBatch]:
-    """Committed rows, evenly thinned to `max_sequences`, a few at a time."""
-    step = targets.manifest.shard_sequences
-    rows = np.concatenate(
-        [
-            np.arange(i * step, min((i + 1) * step, targets.manifest.num_sequences))
-            for i in np.flatnonzero(targets.committed).tolist()
-        ]
-        or [np.zeros(0, np.int64)]
-    )
-    if rows.size == 0:
-        return
-    rows = rows[np.unique(np.linspace(0, rows.size - 1, min(max_sequences, rows.size)).astype(int))]
+def _sample(
+    targets: reader.TargetsReader, max_sequences: int
+) -> Iterator[tuple[np.ndarray, reader.TargetBatch]]:
+    """Committed rows, evenly thinned to `max_sequences`, a few at a time: numbers and targets."""
+    return _read(targets, thinned(targets.manifest, targets.committed, max_sequences))
+
+
+def _read(
+    targets: reader.TargetsReader, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, reader.TargetBatch]]:
     for start in range(0, rows.size, _ROWS_AT_ONCE):
-        yield targets.rows(rows[start : start + _ROWS_AT_ONCE])
+        some = rows[start : start + _ROWS_AT_ONCE]
+        yield some, targets.rows(some)
 
 
-def _columns(targets: reader.TargetsReader, batch: reader.TargetBatch) -> dict[str, np.ndarray]:
-    rows, length = batch.tokens.shape
+def thinned(manifest: Manifest, committed: np.ndarray, max_sequences: int) -> np.ndarray:
+    """Row numbers, int64 [at most max_sequences], evenly spread over shards that are committed.
+
+    `committed` is bool [num_shards]. Costs no more for shards of more rows.
+    """
+    firsts = np.flatnonzero(committed) * manifest.shard_sequences
+    sizes = np.minimum(firsts + manifest.shard_sequences, manifest.num_sequences) - firsts
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if ends.size else 0
+    if total == 0:
+        return np.zeros(0, np.int64)
+    place = np.unique(np.linspace(0, total - 1, min(max_sequences, total)).astype(np.int64))
+    shard = np.searchsorted(ends, place, side="right")
+    return firsts[shard] + place - (ends[shard] - sizes[shard])
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts int64 [bins] of predicted positions between edges float64 [bins + 1], and the mean."""
+
+    edges: np.ndarray
+    counts: np.ndarray
+    mean: float
+
+
+_HISTOGRAM_TOKENS = 8_192
+_HISTOGRAM_SHARDS = 8
+_BINS = 24
+
+
+def histograms(targets: reader.TargetsReader) -> dict[str, Histogram]:
+    """Of each of `columns`, over about 8,192 tokens of rows from up to 8 committed shards.
+
+    From few shards, as the index of each that is read is as long as its rows are many. Whole
+    numbers have a bin each, of which the last takes all that are larger.
+    """
+    manifest = targets.manifest
+    there = np.flatnonzero(targets.committed)
+    most = max(1, _HISTOGRAM_TOKENS // manifest.sequence_tokens)
+    few = np.zeros_like(targets.committed)
+    if there.size:
+        spread = np.linspace(0, there.size - 1, min(_HISTOGRAM_SHARDS, most, there.size))
+        few[there[spread.astype(int)]] = True
+    parts: dict[str, list[np.ndarray]] = {}
+    for _, batch in _read(targets, thinned(manifest, few, most)):
+        for key, values in columns(targets, batch).items():
+            parts.setdefault(key, []).append(values)
+    found = {}
+    for key, some in parts.items():
+        values = np.concatenate(some)
+        if values.size:
+            found[key] = _histogram(values, is_whole=values.dtype.kind == "i")
+    return found
+
+
+def _histogram(values: np.ndarray, is_whole: bool) -> Histogram:
+    low, high = float(values.min()), float(values.max())
+    if is_whole:
+        edges = np.arange(min(low, 1.0), min(high, _BINS) + 2) - 0.5
+        counts = np.histogram(np.minimum(values, edges[-1] - 0.5), edges)[0]
+    else:
+        # Of what hardly varies, as masses of 1, one bin says it all.
+        spread = high - low > 1e-6
+        edges = np.linspace(min(low, 0.0), high, _BINS + 1) if spread else np.array([low, low + 1])
+        counts = np.histogram(values, edges)[0]
+    return Histogram(edges, counts, float(values.mean()))
+
+
+def columns(targets: reader.TargetsReader, batch: reader.TargetBatch) -> dict[str, np.ndarray]:
+    """Of each predicted position of decoded rows, one after another: what is told of it."""
     predicted = layout.predicted_mask(batch.segment_ids)
-    flat = (targets.positions(batch) + np.arange(rows)[:, None] * length).reshape(-1)
-    ids = batch.entry_id.reshape(-1)
-    # Neither an unused slot nor the rest is an id of the vocabulary.
-    vocab_size = targets.manifest.teacher.vocab_size
-    weights = np.where(ids < vocab_size, batch.entry_weight.reshape(-1), 0.0)
-    labels = np.roll(batch.tokens, -1, axis=1).reshape(-1)
+    entries = by_position(batch, targets.positions(batch))
+    counts = np.diff(entries.ends)
+    position = np.repeat(np.arange(counts.size), counts)
+    is_label = entries.id == np.roll(batch.tokens, -1, axis=1).reshape(-1)[position]
+    rank = np.arange(position.size) - entries.ends[position] + 1
 
     def per_position(values: np.ndarray) -> np.ndarray:
-        return np.bincount(flat, values, minlength=rows * length).reshape(rows, length)[predicted]
+        found = np.bincount(position, values, minlength=counts.size)
+        return found.reshape(predicted.shape)[predicted]
 
+    ranks = per_position(rank * is_label).astype(np.int64)
     return {
-        "entries per token": per_position(ids >= 0),
-        "stored mass": per_position(weights),
-        "stored weight of the label": per_position(weights * (ids == labels[flat])),
+        "entries per token": counts.reshape(predicted.shape)[predicted],
+        "stored mass": stored_mass(targets, batch)[predicted],
+        "stored weight of the label": per_position(entries.weight * is_label),
+        "rank of the label": ranks,
         "teacher entropy (nats)": batch.teacher_entropy[predicted],
         "label log-probability (nats)": batch.label_logprob[predicted],
     }
+
+
+def stored_mass(targets: reader.TargetsReader, batch: reader.TargetBatch) -> np.ndarray:
+    """float64 [R, L]: each position's weights on ids of the vocabulary, so without the rest's."""
+    rows, length = batch.tokens.shape
+    is_id = (batch.entry_id >= 0) & (batch.entry_id < targets.manifest.teacher.vocab_size)
+    flat = (targets.positions(batch) + np.arange(rows)[:, None] * length)[is_id]
+    found = np.bincount(flat, batch.entry_weight[is_id], rows * length)
+    return found.reshape(rows, length)

@@ -1,15 +1,19 @@
 """Checks every byte of a store against its ledger, its manifests and the format's rules.
 
 Finds any flipped, truncated, missing, misplaced or extra byte and says which object and which shard
-it is in. Reads only; `logit_store.repair` mends. Memory is that of a few rows and of the list of
-the store's keys, about 100 bytes each.
+it is in. Reads only; `logit_store.repair` mends. Threads check several shards at once: hashing and
+decoding let go of the interpreter. Memory is that of a few rows for each, and of the list of the
+store's keys, about 100 bytes each.
 """
 
 import hashlib
 import json
 import math
+import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -36,6 +40,7 @@ from schemas.manifest import (
 Progress = Callable[[int, str], None]
 Kind = Literal["manifest", "metadata", "table", "ledger", "data", "stray"]
 _ROWS_AT_ONCE = 64
+_REMOTE_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,13 @@ class Report:
         return not self.problems
 
 
-def verify(url: str, progress: Progress = lambda done, note: None) -> Report:
+def verify(
+    url: str, progress: Progress = lambda done, note: None, workers: int | None = None
+) -> Report:
     """Check a whole store; `progress` gets the number of shards checked so far.
 
+    `workers` threads share the shards: as many as there are processors by default, and eight for a
+    bucket, where most of the time is waiting. What is found, and its order, are the same for any.
     Raises StoreNotFoundError if there is no store. Shards that are not committed are counted, and
     are no problem.
     """
@@ -80,7 +89,9 @@ def verify(url: str, progress: Progress = lambda done, note: None) -> Report:
         raise StoreNotFoundError(
             f"A store must exist to be verified, but there is nothing at {url}; check the path."
         )
-    check = _Check(url, keys, progress)
+    if workers is None:
+        workers = max(os.cpu_count() or 1, _REMOTE_WORKERS if "://" in url else 1)
+    check = _Check(url, keys, progress, workers)
     names = target_names(keys)
     for name in (None, *names):
         check.group(name)
@@ -88,6 +99,18 @@ def verify(url: str, progress: Progress = lambda done, note: None) -> Report:
         check.targets_group()
     check.strays()
     return check.report
+
+
+def metadata_problems(url: str) -> list[Problem]:
+    """What is wrong with manifests, metadata and tables alone: a few small objects are read.
+
+    Damage of the ledger is not among it: to read its summary is to check it.
+    """
+    keys = set(storage.list_keys(storage.open_kvstore(url, layout.COPIES)))
+    check = _Check(url, set(), lambda done, note: None, 1)
+    for name in (None, *target_names({layout.COPIES + key for key in keys})):
+        check.metadata(name)
+    return check.report.problems
 
 
 def target_names(keys: set[str]) -> list[str]:
@@ -104,9 +127,9 @@ def target_names(keys: set[str]) -> list[str]:
 class _Check:
     """The state of one verification: what exists, what is accounted for, what is wrong."""
 
-    def __init__(self, url: str, keys: set[str], progress: Progress):
+    def __init__(self, url: str, keys: set[str], progress: Progress, workers: int):
         self.report = Report()
-        self._url, self._progress = url, progress
+        self._url, self._progress, self._workers = url, progress, workers
         self._store = storage.open_kvstore(url)
         self._keys, self._known = keys, set[str]()
         self._tokens: TokensManifest | None = None
@@ -115,6 +138,12 @@ class _Check:
 
     def group(self, name: str | None) -> None:
         """Check the tokens or one set of targets."""
+        manifest = self.metadata(name)
+        if manifest is not None:
+            self._shards(name, manifest)
+
+    def metadata(self, name: str | None) -> Manifest | None:
+        """Check a group's manifest, metadata and tables; the manifest to go by, or None."""
         group = layout.group_path(name)
         keys = group + layout.GROUP_KEY, layout.manifest_copy_key(name)
         found, faults = sound_manifests(self._url, name)
@@ -124,7 +153,7 @@ class _Check:
             # Without a manifest nothing else of the group can be judged.
             others = (f"{group}", keys[1].removesuffix(".json"))
             self._known |= {key for key in self._keys if key.startswith(others)}
-            return
+            return None
         # By a copy all else can be judged as well.
         manifest = next(iter(found.values()))
         for key in found:
@@ -141,7 +170,7 @@ class _Check:
             if self._tokens and manifest.tokens_fingerprint != identity(self._tokens):
                 what = f"it is over tokens {manifest.tokens_fingerprint}, which are not the store's"
                 self._problem("manifest", group + layout.GROUP_KEY, what, name)
-        self._shards(name, manifest)
+        return manifest
 
     def targets_group(self) -> None:
         """Check the group that holds the sets of targets, which says nothing itself."""
@@ -230,28 +259,30 @@ class _Check:
             # Data without a record is what a killed writer leaves; it is not part of the store.
             self._known |= {group + spec.shard_key(index) for spec in specs}
         contents = Contents(self._url, name, manifest, self._tokens or manifest)
+        can_judge = not contents.is_blind
         seen = np.zeros(manifest.num_shards, bool)
         sound = np.zeros(manifest.num_shards, bool)
-        for index, key, raw in ledger.lines():
-            seen[index] = True
-            self.report.shards += 1
+
+        def check(index: int, key: str, raw: bytes) -> tuple[int, Report, bool]:
+            report = Report(shards=1)
+            is_sound = self._shard(report, ledger, contents if can_judge else None, index, key, raw)
+            return index, report, is_sound
+
+        def take(found: tuple[int, Report, bool]) -> None:
+            index, report, is_sound = found
+            seen[index], sound[index] = True, is_sound
+            self._add(report)
             self._progress(self.report.shards, group + str(index))
-            try:
-                record = ledger.parse(raw, index, key)
-            except CorruptStoreError as error:
-                self._problem("ledger", key, str(error), name, index)
-                self._unrecorded(name, manifest, index)
-                continue
-            if record.spec != shard_spec(manifest, index):
-                what = "the record was written under another manifest or for other rows"
-                self._problem("ledger", key, what, name, index)
-                continue
-            if self._files(name, index, record, {group + spec.shard_key(index) for spec in specs}):
-                can_judge = self._has_sound_tokens(name, record.spec) and not contents.is_blind
-                fault = contents.fault(record) if can_judge else None
-                if fault is not None:
-                    self._problem("data", key, fault, name, index)
-                sound[index] = fault is None
+
+        with ThreadPoolExecutor(self._workers) as pool:
+            # In order, and so few at a time that only their records are in memory.
+            asked: deque[Future[tuple[int, Report, bool]]] = deque()
+            for index, key, raw in ledger.lines():
+                asked.append(pool.submit(check, index, key, raw))
+                if len(asked) > 2 * self._workers:
+                    take(asked.popleft().result())
+            for future in asked:
+                take(future.result())
         if name is None:
             self._sound_tokens = sound
         for index, key in ledger.superseded():
@@ -259,6 +290,49 @@ class _Check:
             if fault is not None:
                 self._problem("ledger", key, fault, name, index)
         self._summary(name, manifest, ledger, np.flatnonzero(~seen))
+
+    def _shard(
+        self,
+        report: Report,
+        ledger: Ledger,
+        contents: "Contents | None",
+        index: int,
+        key: str,
+        raw: bytes,
+    ) -> bool:
+        """Check one shard into a report of its own; True if it is as recorded.
+
+        Without `contents` its rows cannot be judged.
+        """
+        name, manifest = ledger.name, ledger.manifest
+        group = layout.group_path(name)
+        try:
+            record = ledger.parse(raw, index, key)
+        except CorruptStoreError as error:
+            report.problems.append(Problem("ledger", key, str(error), name, index))
+            self._unrecorded(report, name, manifest, index)
+            return False
+        if record.spec != shard_spec(manifest, index):
+            what = "the record was written under another manifest or for other rows"
+            report.problems.append(Problem("ledger", key, what, name, index))
+            return False
+        keys = {group + spec.shard_key(index) for spec in layout.row_arrays(manifest).values()}
+        if not self._files(report, name, index, record, keys):
+            return False
+        if contents is None or not self._has_sound_tokens(name, record.spec):
+            return True
+        fault = contents.fault(record)
+        if fault is not None:
+            report.problems.append(Problem("data", key, fault, name, index))
+        return fault is None
+
+    def _add(self, part: Report) -> None:
+        """Take up what was found of one shard."""
+        self.report.files += part.files
+        self.report.bytes += part.bytes
+        self.report.shards += part.shards
+        self._known |= {problem.file for problem in part.problems}
+        self.report.problems += part.problems
 
     def _has_sound_tokens(self, name: str | None, spec: ShardSpec) -> bool:
         """Whether the tokens of a shard's rows are sound, so that what is wrong is its own."""
@@ -291,7 +365,9 @@ class _Check:
         for index in unseen.tolist():
             what = "the record is missing, though the summary counts it"
             self._problem("ledger", ledger.segment_key_of(index), what, name, index)
-            self._unrecorded(name, manifest, index)
+            part = Report()
+            self._unrecorded(part, name, manifest, index)
+            self._add(part)
         if not any(p.kind == "ledger" and p.targets == name for p in self.report.problems):
             if summary != ledger.sum_up():
                 what = "it is not the sum of the records"
@@ -299,25 +375,31 @@ class _Check:
             else:
                 self.report.files += 1
 
-    def _files(self, name: str | None, index: int, record: LedgerRecord, keys: set[str]) -> bool:
+    def _files(
+        self,
+        report: Report,
+        name: str | None,
+        index: int,
+        record: LedgerRecord,
+        keys: set[str],
+    ) -> bool:
         """Compare a shard's files with its record; True if all are as recorded."""
         group = layout.group_path(name)
-        before = len(self.report.problems)
         recorded = {group + file.key for file in record.files}
         for key in sorted(keys ^ recorded):
             what = "the record's files are not the format's"
-            self._problem("ledger", key, what, name, index)
+            report.problems.append(Problem("ledger", key, what, name, index))
         for file in record.files:
             key = group + file.key
             what_is_wrong = storage.fault(self._store, key, file.size_bytes, file.sha256)
             if what_is_wrong is not None:
-                self._problem("data", key, what_is_wrong, name, index)
+                report.problems.append(Problem("data", key, what_is_wrong, name, index))
                 continue
-            self.report.files += 1
-            self.report.bytes += file.size_bytes
-        return len(self.report.problems) == before
+            report.files += 1
+            report.bytes += file.size_bytes
+        return not report.problems
 
-    def _unrecorded(self, name: str | None, manifest: Manifest, index: int) -> None:
+    def _unrecorded(self, report: Report, name: str | None, manifest: Manifest, index: int) -> None:
         """Hold a shard whose record is damaged against the checksums of its own chunks."""
         spec = shard_spec(manifest, index)
         for array in layout.row_arrays(manifest).values():
@@ -328,7 +410,7 @@ class _Check:
                 remote.raise_if_unanswered(self._url, error)
                 key = layout.group_path(name) + array.shard_key(index)
                 what = "it is missing, or its bytes do not match their checksums"
-                self._problem("data", key, what, name, index)
+                report.problems.append(Problem("data", key, what, name, index))
 
 
 def sound_manifests(url: str, name: str | None) -> tuple[dict[str, Manifest], dict[str, str]]:

@@ -39,10 +39,12 @@ VERBS: dict[str, Verb] = {
     "show": Verb(verbs.ShowArguments, verbs.show),
     "verify": Verb(verbs.VerifyArguments, verbs.verify),
     "repair": Verb(verbs.RepairArguments, verbs.repair),
+    "diff": Verb(verbs.DiffArguments, verbs.diff),
+    "serve": Verb(verbs.ServeArguments, verbs.serve),
     "stats": Verb(verbs.StatsArguments, verbs.stats),
     "train": Verb(verbs.TrainArguments, verbs.train),
     "eval": Verb(verbs.EvalConfig, verbs.evaluate),
-    "export": Verb(verbs.ExportConfig, verbs.export),
+    "export": Verb(verbs.ExportArguments, verbs.export),
     "compile": Verb(verbs.CompileArguments, verbs.compile_step),
     "plan": Verb(verbs.PlanArguments, verbs.plan),
 }

@@ -8,14 +8,24 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from rich.console import Console, Group, RenderableType
 
-from logit_store import manifests, parquet, storage
-from logit_store.inspect import terminal
+from logit_store import chosen_rows, manifests, parquet, storage
+from logit_store.inspect import terminal, terminal_compare
+from logit_store.inspect.web import server
 from logit_store.ledger import Ledger
-from logit_store.reader import TokensReader, check_tokenizer
 from logit_store.repair import repair as repair_store
 from logit_store.verify import sound_manifests
 from logit_store.verify import verify as verify_store
-from pipelines import audit_view, compile_view, plan_view, progress, runner, train_view, training
+from pipelines import (
+    audit_view,
+    compile_view,
+    plan_view,
+    progress,
+    runner,
+    serving,
+    student,
+    train_view,
+    training,
+)
 from pipelines import compile as compiling
 from pipelines import dump as dump_pipeline
 from pipelines import plan as planning
@@ -92,6 +102,9 @@ class VerifyArguments(_StoreArguments):
     model_devices: int = Field(
         1, ge=1, description="With teacher: devices that share it; those of the dump."
     )
+    workers: int | None = Field(
+        None, ge=1, description="Threads that share the shards; default: one a processor."
+    )
 
 
 class RepairArguments(_StoreArguments):
@@ -129,6 +142,51 @@ class ShowArguments(_StoreArguments):
     )
     tokenizer: Path | None = Field(
         None, description="SentencePiece model; default: tokenizer.model beside the store."
+    )
+
+
+class ExportArguments(ExportConfig, _OutputArguments):
+    """A student as a Hugging Face folder, or a store's targets as files: `retort export`."""
+
+
+class DiffArguments(_OutputArguments):
+    """Two sets of targets over the same tokens: `retort diff A [B]`."""
+
+    stores: CliPositionalArg[tuple[str, ...]] = Field(
+        min_length=1, max_length=2, description="Two stores, or one with two sets of targets."
+    )
+    targets: str = Field("default", description="The set of targets of the first store.")
+    other_targets: str = Field(
+        "default", alias="other-targets", description="The set of the other, or of the same, store."
+    )
+    max_sequences: int = Field(1024, ge=1, description="Rows that are read, evenly spread.")
+
+
+class ServeArguments(Document):
+    """Stores in a browser: `retort serve STORE…`."""
+
+    stores: CliPositionalArg[tuple[str, ...]] = Field(
+        min_length=1, description="Stores: folders, gs://… or s3://…."
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on; any but this machine's own (loopback) needs a token.",
+    )
+    port: int = Field(8787, ge=0, le=65535, description="0 takes any that is free.")
+    token: str | None = Field(
+        None,
+        min_length=8,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="What a browser must know; default: none on loopback, else a new one.",
+    )
+    names: tuple[str, ...] = Field(
+        (), description="Host names, besides addresses, under which others reach this machine."
+    )
+    tokenizer: Path | None = Field(
+        None, description="SentencePiece model; default: tokenizer.model beside each store."
+    )
+    student: Path | None = Field(
+        None, description="An exported model, to compare with the targets of the first store."
     )
 
 
@@ -184,18 +242,26 @@ def evaluate(config: EvalConfig, console: Console) -> int:
     return 0
 
 
-def export(config: ExportConfig, console: Console) -> int:
+def export(arguments: ExportArguments, console: Console) -> int:
+    config = _part(arguments, ExportConfig)
+    if config.store is not None and (config.rows is not None or config.to != "parquet"):
+        with progress.bar(Console(stderr=True), "export", None, "sequences") as advance:
+            rows = chosen_rows.export(
+                config.store, config.targets, config.rows, config.out, config.to, advance
+            )
+        data = {"store": config.store, "targets": config.targets, "sequences": rows, "files": 1}
+        text = f"targets '{config.targets}': {rows:,} sequences, {config.out}"
+        return _output(console, arguments, data | {"out": str(config.out)}, lambda: text)
     if config.store is not None:
         total = manifests.read_manifest(config.store, config.targets).num_shards
         with progress.bar(Console(stderr=True), "export", total, "shards") as advance:
             files, rows = parquet.export(config.store, config.targets, config.out, advance)
-        console.print(
-            f"targets '{config.targets}': {rows:,} sequences in {files} files, {config.out}"
-        )
-        return 0
+        data = {"store": config.store, "targets": config.targets, "sequences": rows, "files": files}
+        text = f"targets '{config.targets}': {rows:,} sequences in {files} files, {config.out}"
+        return _output(console, arguments, data | {"out": str(config.out)}, lambda: text)
     step = training.export(config)
-    console.print(f"model of step {step}: {config.out}")
-    return 0
+    data = {"run": str(config.run), "step": step, "out": str(config.out)}
+    return _output(console, arguments, data, lambda: f"model of step {step}: {config.out}")
 
 
 def plan(arguments: PlanArguments, console: Console) -> int:
@@ -231,11 +297,35 @@ def stats(arguments: StatsArguments, console: Console) -> int:
     return _output(console, arguments, data, lambda: terminal.stats_view(data))
 
 
+def diff(arguments: DiffArguments, console: Console) -> int:
+    left, right = arguments.stores[0], arguments.stores[-1]
+    data = terminal_compare.diff_data(
+        (left, arguments.targets), (right, arguments.other_targets), arguments.max_sequences
+    )
+    return _output(console, arguments, data, lambda: terminal_compare.diff_view(data))
+
+
+def serve(arguments: ServeArguments, console: Console) -> int:
+    model = None
+    if arguments.student is not None:
+        model = student.load(arguments.student, arguments.stores[0])
+    stores = serving.open_stores(arguments.stores, arguments.tokenizer, model)
+    server.serve(
+        stores,
+        arguments.host,
+        arguments.port,
+        arguments.token,
+        arguments.names,
+        lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True),
+    )
+    return 0
+
+
 def verify(arguments: VerifyArguments, console: Console) -> int:
     total = _total_shards(arguments.store)
     # The bar goes to stderr, so that --json and pipes get the result alone.
     with progress.bar(Console(stderr=True), "verify", total, "shards") as advance:
-        report = verify_store(arguments.store, progress=advance)
+        report = verify_store(arguments.store, advance, arguments.workers)
     data = terminal.verify_data(arguments.store, report)
     view = terminal.verify_view(arguments.store, report)
     if arguments.teacher is None or not report.ok:
@@ -317,16 +407,14 @@ def _output(console: Console, arguments: _OutputArguments, data: dict[str, Any],
 
 def _tokenizer(arguments: ShowArguments) -> Tokenizer:
     """The tokenizer that made the store. Raises ConfigError if it is another or not found."""
-    path = arguments.tokenizer or Path(arguments.store).parent / training.TOKENIZER_FILE
-    if "://" in arguments.store and arguments.tokenizer is None:
+    tokenizer = serving.find_tokenizer(arguments.store, arguments.tokenizer)
+    if tokenizer is None:
+        where = "remote stores are not searched for it"
+        if "://" not in arguments.store:
+            where = f"there is no {training.TOKENIZER_FILE} beside {arguments.store}"
         raise ConfigError(
-            "To show text, the store's tokenizer is needed, and beside a remote store it is not "
-            "looked for; give --tokenizer FILE."
+            f"To show text, the store's tokenizer is needed, but {where}; give --tokenizer FILE."
         )
-    tokenizer = Tokenizer.load(path)
-    check_tokenizer(
-        TokensReader(arguments.store).manifest, tokenizer.info.sha256, tokenizer.info.vocab_size
-    )
     return tokenizer
 
 

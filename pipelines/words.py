@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logit_store.inspect.terminal import printable
+from logit_store.inspect.text import printable
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _LENGTHS = tuple(

@@ -367,7 +367,9 @@ class ExportConfig(Document):
         None, description="The `out` folder of a training run, whose student is exported."
     )
     store: str | None = Field(None, description="A store, whose targets are exported.")
-    out: Path = Field(description="Folder to create: for transformers, or of Parquet files.")
+    out: Path = Field(
+        description="Folder to create: for transformers, or of Parquet files; or one file."
+    )
     step: int | None = Field(
         None, ge=0, description="Of a run: the checkpointed step; default: the newest."
     )
@@ -375,9 +377,19 @@ class ExportConfig(Document):
         True, description="Of a run with ema_decay: the average, not the last parameters."
     )
     targets: str = Field("default", description="Of a store: the name of the set of targets.")
+    rows: str | None = Field(
+        None,
+        description="Of a store: sequences such as 0:16 or 3,7,100: into one file, which `out` "
+        "then is; they may be of a store that is still being written.",
+    )
+    to: Literal["parquet", "jsonl"] = Field(
+        "parquet", description="Of a store: the kind of file; jsonl is one file of all rows."
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
+        if self.store is None and (self.rows is not None or self.to != "parquet"):
+            raise ValueError("rows and to are of a store, and a run has none")
         if (self.run is None) == (self.store is None):
             raise ValueError("exactly one of run and store must be given")
         if self.run is None and self.step is not None:

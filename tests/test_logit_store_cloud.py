@@ -4,6 +4,7 @@ What holds here is that the driver asks and a server of that protocol answers as
 that Amazon's and Google's own services do is theirs to promise.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -20,9 +21,12 @@ import bucket_servers
 import numpy as np
 import pytest
 import small_store
+import web_server
 from bucket_servers import Bucket
 
-from logit_store import layout, manifests, reader, remote, storage, writer
+from logit_store import chosen_rows, layout, manifests, reader, remote, storage, writer
+from logit_store.inspect import terminal, terminal_compare
+from logit_store.inspect.web.stores import Served
 from logit_store.ledger import Ledger
 from logit_store.repair import repair
 from logit_store.verify import verify
@@ -830,3 +834,35 @@ def test_a_config_that_differs_is_refused_in_a_bucket_too(bucket, path):
     small_store.write_tokens(url)
     with pytest.raises(ManifestMismatchError, match="shard_sequences is 2 there and 1 here"):
         create_tokens(url, shard_sequences=1)
+
+
+def test_the_inspector_reads_a_bucket_as_it_reads_a_folder(bucket, path, local, tmp_path):
+    """Every view of the terminal, rows that are exported, and the pages of the browser."""
+    url = bucket.url(path)
+    for key, raw in files(local).items():
+        bucket.write(f"{path}/{key}", raw)
+    piece = "⟨{}⟩".format
+
+    def seen(store: str) -> tuple[str, list[str]]:
+        data = [
+            terminal.inspect_data(store),
+            terminal.show_data(store, "default", 1, 0, 16, piece),
+            terminal.stats_data(store, "default", 9),
+            terminal.verify_data(store, verify(store)),
+            terminal_compare.diff_data((store, "default"), (local, "default"), 9),
+        ]
+        out = tmp_path / f"{len(store)}.jsonl"
+        chosen_rows.export(store, "default", "1:3,4", out, "jsonl")
+        with web_server.serving([Served(store, "a store", None)]) as address:
+            pages = [
+                web_server.ask(address, where)[2]
+                for where in ("/s/0", "/s/0/sequence/2", "/s/0/shard/1", "/s/0/shards?by=mass")
+            ]
+        return json.dumps(data).replace(store, "").replace(local, ""), [out.read_text(), *pages]
+
+    data, pages = seen(url)
+    expected, expected_pages = seen(local)
+    assert data == expected
+    assert [page.replace(url, "") for page in pages] == [
+        page.replace(local, "") for page in expected_pages
+    ]

@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from logit_store import codec, manifests, writer
 from logit_store.codec import RowEntries
 from logit_store.inspect import terminal
+from logit_store.inspect.text import printable, visible
 from logit_store.ledger import Ledger
 from logit_store.verify import verify
 from schemas.errors import ConfigError
@@ -75,8 +76,8 @@ def test_hostile_text_is_shown_and_not_obeyed(store):
 
 
 def test_white_space_is_visible():
-    assert terminal.visible("a b\n\tc\r\x1b") == "a␣b⏎⇥c␍�"
-    assert terminal.printable("a b\nc\x1b") == "a b�c�"
+    assert visible("a b\n\tc\r\x1b") == "a␣b⏎⇥c␍�"
+    assert printable("a b\nc\x1b") == "a b�c�"
 
 
 def test_show_lists_a_positions_entries_by_weight(store):
@@ -177,7 +178,7 @@ def test_show_names_what_stands_for_all_other_ids(tmp_path, monkeypatch):
 def test_long_pieces_leave_room_for_the_numbers_and_the_candidates(store):
     data = terminal.show_data(store, "default", 1, 0, 16, lambda index: "x" * 60)
     lines = printed(terminal.show_view(data)).splitlines()
-    assert lines[1].split() == ["pos", "token", "nats", "next", "p", "candidates"]
+    assert lines[1].split() == ["pos", "token", "nats", "next", "p", "rank", "candidates"]
     text = "\n".join(lines)
     for item in data["positions"]:
         assert f"\n{item['position']:3}  xxx" in text

@@ -144,6 +144,41 @@ def test_verify_names_the_shard_and_exits_with_1(capsys, store):
     assert json.loads(out)["problems"][0]["shard"] == 1
 
 
+def test_diff_of_two_stores_and_of_two_sets_of_one(capsys, store, tmp_path):
+    small_store.write_targets(str(store), "again", seed=1)
+    small_store.write_store(str(tmp_path / "other"))
+    for arguments in (
+        [str(store), str(tmp_path / "other")],
+        [str(store), "--other-targets", "again"],
+        [str(store), str(store), "--targets", "again"],
+    ):
+        status, out, _ = run(capsys, "diff", *arguments, "--json")
+        assert status == 0
+        data = json.loads(out)
+        assert (data["positions"], data["identical"], data["kl_nats"]) == (67, 1, 0)
+        assert data["left"]["store"] == str(store)
+    status, out, _ = run(capsys, "diff", str(store), "--other-targets", "none_such")
+    assert status == 2
+    status, out, _ = run(capsys, "diff", str(store), str(tmp_path / "other"))
+    assert "100.00 %" in out
+
+
+def test_chosen_rows_are_exported(capsys, store, tmp_path):
+    out_file = tmp_path / "rows.jsonl"
+    arguments = ["export", "--store", str(store), "--rows", "1,3:", "--out", str(out_file)]
+    status, out, _ = run(capsys, *arguments, "--to", "jsonl", "--json")
+    assert status == 0
+    assert json.loads(out)["sequences"] == 3
+    lines = [json.loads(line) for line in out_file.read_text().splitlines()]
+    assert [line["sequence"] for line in lines] == [1, 3, 4]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "exists; name another" in err
+    status, _, err = run(capsys, "export", "--run", "r", "--out", "o", "--rows", "1")
+    assert status == 2
+    assert "rows and to are of a store" in err
+
+
 def test_show_needs_the_stores_tokenizer(capsys, store, tmp_path):
     texts = ["def f(x):\n    return [x, 1, 2, 3]  # and so on\n" * 40]
     tokenizers.train(texts, tmp_path / "tokenizer.model", vocab_size=300)
@@ -153,7 +188,7 @@ def test_show_needs_the_stores_tokenizer(capsys, store, tmp_path):
     (tmp_path / "tokenizer.model").unlink()
     status, _, err = run(capsys, "show", str(store))
     assert status == 2
-    assert "tokenizer.model is not" in err
+    assert "there is no tokenizer.model beside" in err
 
 
 def test_show_lists_candidates_by_weight(capsys, tmp_path, monkeypatch):

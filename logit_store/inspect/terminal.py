@@ -5,42 +5,26 @@ shown as signs, and nothing is taken for markup.
 """
 
 import shlex
-import unicodedata
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from logit_store import manifests, reader
+from logit_store.inspect.queries import PieceText, Row, check_range, targets_row, tokens_row
+from logit_store.inspect.text import printable, visible
 from logit_store.repair import Outcome
-from logit_store.statistics import Distribution, Summary, distributions, summary
-from logit_store.verify import Problem, Report
-from schemas.errors import ConfigError
+from logit_store.statistics import Distribution, Summary, profile, summary
+from logit_store.verify import Problem, Report, metadata_problems
 from schemas.manifest import TargetsManifest, TokensManifest
 
-PieceText = Callable[[int], str]
 _CANDIDATES = 6
 _PIECE_CELLS = 14
-# How the entry is shown that stands for all ids without one of their own.
-_REST = "(all others)"
-_SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
-
-
-def visible(text: str) -> str:
-    """Text with white space and control characters as signs, safe to print anywhere."""
-    return "".join(_SIGNS.get(c, _harmless(c)) for c in text)
-
-
-def printable(text: str) -> str:
-    """Text with its spaces, but with a sign for each control character, line ends included."""
-    return "".join(_harmless(c) for c in text)
-
-
-def _harmless(character: str) -> str:
-    return "�" if unicodedata.category(character)[0] == "C" else character
+_SOURCE_CELLS = 34
+_SOURCES = 20
 
 
 # inspect
@@ -70,6 +54,7 @@ def inspect_data(url: str) -> dict[str, Any]:
         "software": manifest.software,
         "tokens": summary(url, None).as_dict(),
         "targets": targets,
+        "problems": _problems(metadata_problems(url)),
     }
 
 
@@ -126,7 +111,15 @@ def inspect_view(data: dict[str, Any]) -> RenderableType:
             ),
             _sizes(found),
         ]
+    parts.append(_health(data["problems"]))
     return Group(*parts)
+
+
+def _health(problems: list[dict[str, Any]]) -> RenderableType:
+    if not problems:
+        return Text("manifests, ledger and tables are whole; `retort verify` checks every byte")
+    lines = [Text(f"  {printable(p['file'] + ': ' + p['what'])}") for p in problems]
+    return Group(_title("damaged; run `retort verify`"), *lines)
 
 
 # show
@@ -139,68 +132,43 @@ def show_data(
 
     name None shows the tokens alone. Raises ConfigError for a sequence or position out of range.
     """
-    tokens_reader = reader.TokensReader(url)
-    manifest = tokens_reader.manifest
-    _check_range("sequence", sequence, manifest.num_sequences)
+    tokens = reader.TokensReader(url)
+    check_range("sequence", sequence, tokens.manifest.num_sequences)
     start = 0 if position is None else position
-    _check_range("position", start, manifest.sequence_tokens)
-    stop = min(start + count, manifest.sequence_tokens)
+    check_range("position", start, tokens.manifest.sequence_tokens)
+    stop = min(start + count, tokens.manifest.sequence_tokens)
     if name is None:
-        row = tokens_reader.rows([sequence])
-        batch, entry_position = None, None
+        row = tokens_row(tokens, sequence)
     else:
-        targets = reader.TargetsReader(url, name)
-        batch = targets.rows([sequence])
-        entry_position = targets.positions(batch)[0]
-        row = reader.TokenRows(batch.tokens, batch.segment_ids)
-        pieces, rest = text, targets.manifest.teacher.vocab_size
-
-        def text(id_: int) -> str:
-            return _REST if id_ == rest else pieces(id_)
-
+        row = targets_row(reader.TargetsReader(url, name), sequence)
     return {
         "store": url,
         "targets": name,
         "sequence": sequence,
-        "text": "".join(text(int(i)) for i in row.tokens[0, start:stop]),
-        "positions": [_position(row, batch, entry_position, t, text) for t in range(start, stop)],
+        "text": "".join(text(int(i)) for i in row.tokens[start:stop]),
+        "positions": [_position(row, t, text) for t in range(start, stop)],
     }
 
 
-def _position(
-    row: reader.TokenRows,
-    batch: reader.TargetBatch | None,
-    entry_position: np.ndarray | None,
-    t: int,
-    text: PieceText,
-) -> dict[str, Any]:
-    token = int(row.tokens[0, t])
+def _position(row: Row, t: int, text: PieceText) -> dict[str, Any]:
+    token = int(row.tokens[t])
     found: dict[str, Any] = {
         "position": t,
-        "segment": int(row.segment_ids[0, t]),
+        "segment": int(row.segment_ids[t]),
         "token": token,
         "text": text(token),
     }
-    if batch is None:
+    answer = row.answer(t, text)
+    if answer is None:
         return found
-    slots = np.flatnonzero((entry_position == t) & (batch.entry_id[0] >= 0))
-    if not slots.size:
-        return found
-    label = int(row.tokens[0, t + 1])
-    slots = slots[np.argsort(-batch.entry_weight[0, slots], kind="stable")]
-    ids = batch.entry_id[0, slots]
-    at = np.flatnonzero(ids == label)
     return found | {
-        "entropy_nats": float(batch.teacher_entropy[0, t]),
-        "label": label,
-        "label_text": text(label),
-        "label_probability": float(np.exp(batch.label_logprob[0, t])),
-        "label_rank_among_stored": int(at[0]) + 1 if at.size else None,
-        "label_weight": float(batch.entry_weight[0, slots[at[0]]]) if at.size else 0.0,
-        "candidates": [
-            {"id": int(i), "text": text(int(i)), "weight": float(batch.entry_weight[0, s])}
-            for i, s in zip(ids, slots, strict=True)
-        ],
+        "entropy_nats": answer.entropy_nats,
+        "label": answer.label,
+        "label_text": answer.label_text,
+        "label_probability": answer.probability,
+        "label_rank_among_stored": answer.rank,
+        "label_weight": answer.weight,
+        "candidates": [{"id": c.id, "text": c.text, "weight": c.weight} for c in answer.candidates],
     }
 
 
@@ -213,6 +181,7 @@ def show_view(data: dict[str, Any]) -> RenderableType:
     table.add_column("nats", justify="right", no_wrap=True)
     table.add_column("next", no_wrap=True, max_width=_PIECE_CELLS)
     table.add_column("p", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("candidates", overflow="fold")
     for item in data["positions"]:
         row = [Text(str(item["position"])), Text(visible(item["text"]))]
@@ -226,6 +195,7 @@ def show_view(data: dict[str, Any]) -> RenderableType:
                 Text(f"{item['entropy_nats']:.2f}"),
                 Text(visible(item["label_text"])),
                 Text(f"{item['label_probability']:.3f}"),
+                Text(str(item["label_rank_among_stored"] or "-")),
                 shown + Text(f"  +{more}" if more > 0 else ""),
             ]
         table.add_row(*row)
@@ -236,8 +206,8 @@ def show_view(data: dict[str, Any]) -> RenderableType:
 
 
 def stats_data(url: str, name: str, max_sequences: int) -> dict[str, Any]:
-    """Summary and distributions of one set of targets."""
-    found = distributions(url, name, max_sequences)
+    """Summary and distributions of one set of targets, and means by source."""
+    found, sources = profile(url, name, max_sequences)
     return {
         "store": url,
         "targets": name,
@@ -245,6 +215,7 @@ def stats_data(url: str, name: str, max_sequences: int) -> dict[str, Any]:
         "distributions": {
             key: {"mean": d.mean, "percentiles": d.percentiles} for key, d in found.items()
         },
+        "sources": [asdict(source) for source in sources],
     }
 
 
@@ -257,7 +228,43 @@ def stats_view(data: dict[str, Any]) -> RenderableType:
     for key, found in rows.items():
         table.add_row(key, f"{found.mean:.3f}", *(f"{v:.3f}" for v in found.percentiles.values()))
     title = _title(f"{data['store']}: targets '{data['targets']}'")
-    return Group(title, table, _sizes(Summary(**data["summary"])))
+    parts: list[RenderableType] = [title, table]
+    if data["sources"]:
+        parts.append(_sources(data["sources"]))
+    return Group(*parts, _sizes(Summary(**data["summary"])))
+
+
+def _sources(sources: list[dict[str, Any]]) -> RenderableType:
+    """A line for each source, the least expected text first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("by source", no_wrap=True, max_width=_SOURCE_CELLS)
+    for heading in ("rows", "entries", "nats", "surprise", "mass"):
+        table.add_column(heading, justify="right")
+    order = sorted(sources, key=lambda s: s["means"].get("label log-probability (nats)", 0.0))
+    for source in order[:_SOURCES]:
+        # The end of a path tells it from others.
+        end = printable(source["first_file"])
+        more = f" +{source['files'] - 1}" if source["files"] > 1 else ""
+        room = _SOURCE_CELLS - len(more) - 1
+        name = (end if cell_len(end) <= room else "…" + _tail(end, room - 1)) + more
+        means = source["means"]
+        table.add_row(
+            Text(name),
+            f"{source['sequences']:,}",
+            f"{means.get('entries per token', 0):.2f}",
+            f"{means.get('teacher entropy (nats)', 0):.3f}",
+            f"{-means.get('label log-probability (nats)', 0):.3f}",
+            f"{means.get('stored mass', 0):.4f}",
+        )
+    if len(order) > _SOURCES:
+        table.add_row(Text(f"and {len(order) - _SOURCES} more (--json has all)"))
+    return table
+
+
+def _tail(text: str, cells: int) -> str:
+    while cell_len(text) > cells:
+        text = text[1:]
+    return text
 
 
 # verify
@@ -407,10 +414,3 @@ def _complete(found: Summary) -> str:
     if found.committed_shards == found.shards:
         return f"yes, {found.shards} shards"
     return f"no, {found.committed_shards} of {found.shards} shards"
-
-
-def _check_range(what: str, value: int, stop: int) -> None:
-    if not 0 <= value < stop:
-        raise ConfigError(
-            f"--{what} must be in [0, {stop}), but it is {value}; choose one in that range."
-        )
