@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from student_train.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,6 +38,9 @@ class Metrics:
         self._trackers: list[Tracker] = []
         if silent:
             return
+        # Where PyTorch is installed it imports that: seconds, which no other verb needs.
+        from tensorboardX import SummaryWriter
+
         out.mkdir(parents=True, exist_ok=True)
         self._trackers = open_trackers()
         self._kept = _truncate(self.path, restored_step)
