@@ -102,7 +102,8 @@ class ShardAlignment:
                     "Stored targets must put more weight on the next token than on its neighbours, "
                     f"but those of shard {shard} of {self._where} put {own.mean():.4f} on the "
                     f"token itself, {following.mean():.4f} on the next and {after.mean():.4f} on "
-                    "the one after; dump this shard again from its tokens."
+                    "the one after; dump this shard again from its tokens, or all of them with a "
+                    "teacher that knows such text."
                 )
             if max(scores) < -_CERTAIN:
                 self._settled.add(shard)
