@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the tests, file by file; each takes up to 3 GB.
+WORKERS ?= 2
 
 .PHONY: quickstart test lint install clean
 
@@ -9,7 +11,7 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/retort quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
