@@ -1,5 +1,6 @@
 """Figures about a store: means from its ledger alone, distributions from a sample of its rows."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from logit_store import layout, manifests, reader, storage
+from logit_store.documents import read_index
 from logit_store.entries import by_position
 from logit_store.ledger import Ledger, summary_bytes
 from schemas.errors import IncompleteStoreError
-from schemas.manifest import Manifest, ShardStatistics, TokensManifest
+from schemas.manifest import Corpus, Manifest, ShardStatistics, TokensManifest
 
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
 _ROWS_AT_ONCE = 64
@@ -123,10 +125,10 @@ class Distribution:
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """Means of `columns` over sampled rows of one split of the corpus.
+    """Means of `columns` over the sampled positions of one source file, or of a part of one.
 
-    A split's files are packed one after another, so that a row may hold several: figures are of one
-    file where a split has one. `first_file` is its path, `files` their number.
+    Of a store without `documents/` they are of a split, which may have several `files`, of which
+    `first_file` is the first. `sequences` are those that have such a position.
     """
 
     first_file: str
@@ -134,6 +136,48 @@ class SourceFigures:
     sequences: int
     positions: int
     means: dict[str, float]
+
+
+class SourcesOfPositions:
+    """Says of positions which source they are of: its place in the corpus.
+
+    Of a split whose documents are not known, the place of its first; of rows of no split, -1.
+    """
+
+    def __init__(self, url: str, corpus: Corpus):
+        self._url, self._corpus = url, corpus
+        self._stops = np.array([split.stop_row for split in corpus.splits], np.int64)
+        self._known: tuple[int, np.ndarray | None, np.ndarray | None] = (-1, None, None)
+        self._together: dict[int, int] = {}
+
+    def of(self, row: int, mask: np.ndarray) -> np.ndarray:
+        """int64 [N], of the positions of a row where mask bool [L] is True."""
+        number = int(np.searchsorted(self._stops, row, side="right"))
+        positions = np.flatnonzero(mask)
+        if number == len(self._corpus.splits):
+            return np.full(len(positions), -1)
+        split = self._corpus.splits[number]
+        if split.stop_file - split.first_file == 1:
+            return np.full(len(positions), split.first_file)
+        if self._known[0] != number:
+            # Rows come in order, so that each is read once.
+            index = read_index(self._url, number, split)
+            ends = sources = None
+            if index is not None:
+                files = self._corpus.sources[split.first_file : split.stop_file]
+                sources = index.sources(np.array([file.documents for file in files]))
+                ends = np.cumsum(index.layout()[1])
+            self._known = (number, ends, sources)
+        _, ends, sources = self._known
+        if ends is None or sources is None:
+            self._together[split.first_file] = split.stop_file - split.first_file
+            return np.full(len(positions), split.first_file)
+        start = (row - split.first_row) * len(mask)
+        return split.first_file + sources[np.searchsorted(ends, start + positions, side="right")]
+
+    def name(self, label: int) -> tuple[str, int]:
+        """The path, and how many files it stands for."""
+        return self._corpus.sources[label].path, self._together.get(label, 1)
 
 
 def distributions(url: str, name: str, max_sequences: int = 1024) -> dict[str, Distribution]:
@@ -154,16 +198,17 @@ def profile(
     """
     targets = reader.TargetsReader(url, name)
     corpus = manifests.read_corpus(url, targets.tokens.manifest)
-    stops = np.array([split.stop_row for split in corpus.splits], np.int64)
+    finder = SourcesOfPositions(url, corpus)
     parts: dict[str, list[np.ndarray]] = {}
-    splits: list[np.ndarray] = []
-    rows_of = np.zeros(len(stops) + 1, np.int64)
+    labels: list[np.ndarray] = []
+    rows_of: Counter[int] = Counter()
     for rows, batch in _sample(targets, max_sequences):
         for key, values in columns(targets, batch).items():
             parts.setdefault(key, []).append(values)
-        of = np.searchsorted(stops, rows, side="right")
-        rows_of += np.bincount(of, minlength=len(rows_of))
-        splits.append(np.repeat(of, layout.predicted_mask(batch.segment_ids).sum(axis=1)))
+        for row, mask in zip(rows.tolist(), layout.predicted_mask(batch.segment_ids), strict=True):
+            found_of = finder.of(row, mask)
+            rows_of.update(np.unique(found_of).tolist())
+            labels.append(found_of)
     values_of = {key: np.concatenate(some) for key, some in parts.items()}
     found = {
         key: Distribution(
@@ -172,20 +217,13 @@ def profile(
         for key, values in values_of.items()
         if values.size
     }
-    split_of = np.concatenate(splits) if splits else np.zeros(0, np.int64)
-    counts = np.bincount(split_of, minlength=len(rows_of))
+    label_of = np.concatenate(labels) if labels else np.zeros(0, np.int64)
     sources = []
-    for index, split in enumerate(corpus.splits):
-        if rows_of[index]:
-            means = {
-                key: float(values[split_of == index].mean()) if counts[index] else 0.0
-                for key, values in values_of.items()
-            }
-            path = corpus.sources[split.first_file].path
-            files = split.stop_file - split.first_file
-            sources.append(
-                SourceFigures(path, files, int(rows_of[index]), int(counts[index]), means)
-            )
+    for label in sorted(rows_of.keys() - {-1}):
+        mine = label_of == label
+        means = {key: float(values[mine].mean()) for key, values in values_of.items()}
+        path, files = finder.name(label)
+        sources.append(SourceFigures(path, files, rows_of[label], int(mine.sum()), means))
     return found, sources
 
 

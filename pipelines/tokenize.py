@@ -18,6 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
 
 from logit_store import layout, manifests, reader, storage, writer
+from logit_store.documents import Index
 from logit_store.ledger import Ledger
 from pipelines import progress, runner, tokenize_plan, tokenize_view
 from pipelines.shards import write_missing
@@ -27,7 +28,6 @@ from schemas.manifest import Corpus, LedgerRecord, ShardSpec, Split, TokensManif
 from schemas.runs import TokenizeConfig
 from teacher_dump import documents
 from teacher_dump.corpus import Part
-from teacher_dump.documents import Index
 from teacher_dump.tokenizer import Tokenizer
 
 

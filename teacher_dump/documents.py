@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from logit_store.documents import Index
 from schemas.corpus import CorpusConfig, DecontaminationConfig
 from schemas.manifest import DeadLetter, TokenizerInfo
 from teacher_dump import corpus, decontamination, duplicates, filters, mixture, packing
@@ -62,36 +63,6 @@ class CountedSplit:
     letters: tuple[DeadLetter, ...]
     dead_letters: dict[str, int]
     masked: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Index:
-    """What pass 2 needs to know of a split's records: tokens uint32 [D] and copies uint8 [D].
-
-    Documents are laid out in order; then come, in order again, those that are taken twice, and so
-    on, so that copies do not lie side by side.
-    """
-
-    tokens: np.ndarray
-    copies: np.ndarray
-
-    def to_bytes(self) -> bytes:
-        return self.tokens.astype("<u4").tobytes() + self.copies.tobytes()
-
-    @staticmethod
-    def from_bytes(raw: bytes) -> "Index":
-        records = len(raw) // 5
-        return Index(np.frombuffer(raw, "<u4", records), np.frombuffer(raw[4 * records :], "u1"))
-
-    def total_tokens(self) -> int:
-        return int((self.tokens.astype(np.int64) * self.copies).sum())
-
-    def layout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Records int64 [P] in the order in which they are laid out, and their tokens int64 [P]."""
-        rounds = range(int(self.copies.max(initial=0)))
-        records = [np.flatnonzero(self.copies > done) for done in rounds]
-        order = np.concatenate([np.empty(0, np.int64), *records])
-        return order, self.tokens[order].astype(np.int64)
 
 
 def check(config: CorpusConfig) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logit_store.documents import Index
 from schemas.corpus import CorpusConfig
 from schemas.errors import ConfigError
 from schemas.manifest import GroupReport
 from teacher_dump import duplicates, mixture
-from teacher_dump.documents import Columns, Index
+from teacher_dump.documents import Columns
 
 _BAND_BYTES = 4 * 2**30
 

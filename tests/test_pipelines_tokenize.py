@@ -14,7 +14,7 @@ import zarr
 from dump_world import POISON, digest, make_tokenizer, rich_corpus, tokenize_config
 from rich.console import Console
 
-from logit_store import manifests, reader
+from logit_store import manifests, reader, statistics
 from logit_store.ledger import Ledger
 from logit_store.repair import repair
 from logit_store.verify import verify
@@ -152,6 +152,44 @@ def test_filters_are_counted_and_the_first_of_copies_is_kept(world: Path, tmp_pa
         }
         assert report.masked == {"email": 2}
     assert report.splits > 4
+
+
+def test_every_position_is_told_from_which_file_it_is(world: Path, tmp_path: Path) -> None:
+    """Three files in one split, an empty one among them, one of them taken more than once."""
+    corpus = tmp_path / "corpus"
+    letters = {"a": "abc", "c": "xyz"}
+    draw = random.Random(0)
+    for name, few in letters.items():
+        made = ("".join(draw.choice(few) for _ in range(draw.randrange(1, 40))) for _ in range(30))
+        lines(corpus / f"{name}.jsonl", list(made))
+    lines(corpus / "b.jsonl", [])
+    groups = [
+        {"paths": [str(corpus / "a.jsonl")], "weight": 1},
+        {"paths": [str(corpus / "[bc].jsonl")], "weight": 4},
+    ]
+    store = tmp_path / "store"
+    given = {"mixture": groups, "mixture_epochs": 2.5}
+    run(world, store, given, shard_sequences=4)
+    found = manifests.read_corpus(str(store), reader.TokensReader(str(store)).manifest)
+    assert max(split.stop_file - split.first_file for split in found.splits) > 1
+    assert max(source.documents for source in found.sources) > 60
+    tokenizer = Tokenizer.load(world / "tokenizer.model")
+    tokens = reader.TokensReader(str(store))
+    rows = tokens.rows(np.arange(tokens.manifest.num_sequences))
+    finder = statistics.SourcesOfPositions(str(store), found)
+    seen = set()
+    for row, (ids, segments) in enumerate(zip(rows.tokens, rows.segment_ids, strict=True)):
+        labels = finder.of(row, segments > 0)
+        # A document's first token, which is the same of all, is of the file of its second.
+        starts = np.flatnonzero((ids[:-1] == tokenizer.info.bos_id) & (segments[1:] > 0))
+        np.testing.assert_array_equal(labels[starts], labels[starts + 1])
+        for token, label in zip(ids[segments > 0], labels, strict=True):
+            text = set(tokenizer.decode(np.array([token])).strip())
+            path, files = finder.name(int(label))
+            assert files == 1
+            assert text <= set(letters[Path(path).stem]), (row, token, path)
+            seen.add(Path(path).stem)
+    assert seen == {"a", "c"}
 
 
 def test_a_mixture_has_its_weights_whatever_the_splits(world: Path, tmp_path: Path) -> None:
