@@ -90,7 +90,7 @@ def test_a_package_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_layers_laid_out_compute_what_a_loop_does(remat: str) -> None:
-    config = TINY.model_copy(update={"num_layers": 8})
+    config = TINY.model_copy(update={"num_layers": 6})
     params = model.init_params(config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, (2, 12)).astype(np.int32)
     segments = np.ones_like(tokens)
