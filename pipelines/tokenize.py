@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
 
 from logit_store import layout, manifests, reader, storage, writer
-from logit_store.documents import Index
+from logit_store.documents import Index, read_index
 from logit_store.ledger import Ledger
 from pipelines import progress, runner, tokenize_plan, tokenize_view
 from pipelines.shards import write_missing
@@ -177,14 +177,14 @@ def _read_corpus(store: str, sha256: str) -> Corpus:
 
 
 def _index(store: str, number: int, split: Split) -> Index:
-    """Raises ConfigError if the store has none."""
-    raw = storage.read_bytes(storage.open_kvstore(store), layout.documents_key(number))
-    if raw is None or split.documents_sha256 is None:
+    """Raises ConfigError if the store was made without, CorruptStoreError if it is damaged."""
+    found = read_index(store, number, split)
+    if found is None:
         raise ConfigError(
-            f"A store is continued only with its {layout.DOCUMENTS}, but {store} has none of split "
-            f"{number}; run `retort tokenize` anew, or into a new store if an older one made it."
+            f"A store is continued only with its {layout.DOCUMENTS}, but {store} was made by an "
+            "older version, without; tokenize into a new store."
         )
-    return Index.from_bytes(raw)
+    return found
 
 
 def _existing_manifest(config: TokenizeConfig) -> TokensManifest | None:
