@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -130,6 +131,27 @@ def test_progress_says_what_the_records_say(world, whole, tmp_path):
     with progress.watch(terminal, "dump", 10, "shards", count, work.line):
         pass
     assert line.strip(", ") in terminal.file.getvalue()
+
+
+def test_what_a_bar_counts_is_never_counted_twice_at_once(monkeypatch):
+    """The last count does not meet one of the thread that polls."""
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 0.001)
+    counting = threading.Lock()
+    met = 0
+
+    def count() -> int:
+        nonlocal met
+        if not counting.acquire(blocking=False):
+            met += 1
+            return 0
+        time.sleep(0.02)
+        counting.release()
+        return 1
+
+    for _ in range(5):
+        with progress.watch(QUIET, "x", 1, "shards", count):
+            time.sleep(0.03)
+    assert met == 0
 
 
 def test_a_second_run_reuses_everything(world, whole):
