@@ -9,6 +9,7 @@ is left as it is.
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import apache_beam as beam
@@ -21,6 +22,7 @@ from logit_store import codec, manifests, reader, storage, writer
 from logit_store.ledger import Ledger
 from pipelines import devices, progress, reports, runner, software
 from pipelines.answers import Answer, Answers
+from pipelines.overlap import Overlap
 from pipelines.shards import write_and_sum_up
 from schemas.base import Document
 from schemas.errors import CorruptStoreError, IncompleteStoreError, ManifestMismatchError
@@ -34,7 +36,7 @@ from schemas.manifest import (
 from schemas.runs import DumpConfig, SamplerConfig
 from teacher_dump import backends, vocabulary
 from teacher_dump.audit import Audit, audit
-from teacher_dump.targets import compute_rows
+from teacher_dump.targets import begin_rows
 from teacher_dump.teacher import Teacher
 
 # Rows from which the number of points follows: enough for 3 % of the mean number of entries.
@@ -42,6 +44,9 @@ _PILOT_ROWS = 64
 _PILOT_TOKENS = 2**16
 # Points whose expected entries are counted; what lies between is interpolated.
 _PILOT_POINTS = np.unique(np.geomspace(1, 4096, 64).round().astype(np.int32))
+# Shards that a worker has in hand: while the device computes one, the one before is written and the
+# tokens of the one after are read.
+_SHARDS_AT_ONCE = 2
 # Rows whose tokens tell how often each id occurs.
 _COUNTED_ROWS = 4096
 
@@ -148,6 +153,7 @@ def plan(
     tokenizer = tokens.manifest.tokenizer
     backends.check_tokenizer(config.teacher, tokenizer)
     backend = backends.choose(config.backend, config.teacher)
+    backends.check_dtype(backend, config.dtype)
     teacher = backends.describe(backend, config.teacher, tokenizer.vocab_size)
     existing = _existing(config)
     points = existing.sampler.points if existing is not None else None
@@ -334,14 +340,20 @@ def _pilot(config: DumpConfig) -> Answers[PilotCount]:
 
 
 class WriteTargets(beam.DoFn):
-    """A shard's name in, its committed ledger record out."""
+    """A shard's name in; when the bundle is done, all its shards are committed."""
 
     def __init__(self, config: DumpConfig):
         self._config = config
 
-    def process(self, element: str) -> Iterator[str]:
+    def start_bundle(self) -> None:
+        self._shards = Overlap(_SHARDS_AT_ONCE)
+
+    def process(self, element: str) -> None:
         spec = ShardSpec.model_validate_json(element)
-        yield write_shard(self._config, spec).canonical_json()
+        self._shards.add(partial(write_shard, self._config, spec))
+
+    def finish_bundle(self) -> None:
+        self._shards.join()
 
 
 def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
@@ -358,7 +370,7 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     with _teachers_lock:
         # Its order is the set's; of several sets in one process, one at a time.
         teacher.arrange(order)
-        targets = compute_rows(
+        finish = begin_rows(
             teacher,
             target_writer.vocabulary,
             tokens.tokens,
@@ -368,7 +380,8 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
             seed=manifest.seed,
             batch_sequences=manifest.batch_sequences,
         )
-    return target_writer.write(spec, tokens.tokens, tokens.segment_ids.astype(np.uint16), targets)
+    segment_ids = tokens.segment_ids.astype(np.uint16)
+    return target_writer.write(spec, tokens.tokens, segment_ids, finish())
 
 
 def load_teacher(config: DumpConfig, expected: TeacherInfo) -> Teacher:

@@ -5,6 +5,8 @@ there, and no more entries in a block than it has slots. All randomness is that 
 """
 
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +19,9 @@ from schemas.manifest import SamplerSpec
 from teacher_dump import samplers
 from teacher_dump.teacher import RowCandidates, Teacher
 
+# Batches that the teacher has been handed when one is waited for: this one and the next, so that
+# the device has work while the host settles what it has found.
+_BATCHES_AHEAD = 2
 # A block that still has too many entries loses one of so many parts of its points at a time.
 _THINNING_STEPS = 64
 
@@ -38,16 +43,60 @@ def compute_rows(
     compiled and results do not depend on how many rows are asked for. Raises BudgetError if the
     sampler's entries do not fit a block.
     """
+    return begin_rows(
+        teacher,
+        vocabulary,
+        tokens,
+        segment_ids,
+        rows,
+        spec=spec,
+        seed=seed,
+        batch_sequences=batch_sequences,
+    )()
+
+
+def begin_rows(
+    teacher: Teacher,
+    vocabulary: Vocabulary,
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    rows: np.ndarray,
+    *,
+    spec: SamplerSpec,
+    seed: int,
+    batch_sequences: int,
+) -> Callable[[], TargetRows]:
+    """The same, returning when the teacher has been handed all rows: what is returned waits.
+
+    From then on the teacher may be handed other rows, in another order of ids too.
+    """
     samplers.check(spec, teacher.info.vocab_size)
     found: list[dict[str, np.ndarray]] = []
-    for start in range(0, len(rows), batch_sequences):
-        chosen = np.arange(start, start + batch_sequences)
-        padded = np.minimum(chosen, len(rows) - 1)
-        result = teacher.candidates(tokens[padded], segment_ids[padded], rows[padded], spec, seed)
-        for index in range(int((chosen < len(rows)).sum())):
-            row = int(rows[padded[index]])
+    begun: deque[tuple[np.ndarray, Callable[[], RowCandidates]]] = deque()
+
+    def settle_oldest() -> None:
+        mine, wait = begun.popleft()
+        result = wait()
+        for index, row in enumerate(mine.tolist()):
             found.append(_encode_row(result, index, row, vocabulary, spec, seed))
-    return TargetRows(**{name: np.stack([row[name] for row in found]) for name in found[0]})
+
+    for start in range(0, len(rows), batch_sequences):
+        padded = np.minimum(np.arange(start, start + batch_sequences), len(rows) - 1)
+        begun.append(
+            (
+                rows[start : start + batch_sequences],
+                teacher.begin(tokens[padded], segment_ids[padded], rows[padded], spec, seed),
+            )
+        )
+        if len(begun) == _BATCHES_AHEAD:
+            settle_oldest()
+
+    def finish() -> TargetRows:
+        while begun:
+            settle_oldest()
+        return TargetRows(**{name: np.stack([row[name] for row in found]) for name in found[0]})
+
+    return finish
 
 
 def _encode_row(

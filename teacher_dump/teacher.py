@@ -5,6 +5,7 @@ rows; scores exist for one tile of positions at a time. The rows of the embeddin
 sampling order, so that what the sampler takes for neighbours are ids of similar meaning.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -17,6 +18,7 @@ from jax.sharding import AxisType
 
 from gemma2 import checkpoint
 from gemma2.attention import resolve
+from gemma2.float8 import quantize_layers
 from gemma2.model import Execution, Params, embedding, hidden_states, logits
 from gemma2.placement import ALONE, AXES, Placement, check_model
 from logit_store.layout import predicted_mask
@@ -57,17 +59,18 @@ class Teacher(Protocol):
         """Cumulate ids in this order [V] from now on."""
         ...
 
-    def candidates(
+    def begin(
         self,
         tokens: np.ndarray,
         segment_ids: np.ndarray,
         rows: np.ndarray,
         spec: SamplerSpec,
         seed: int,
-    ) -> RowCandidates:
-        """Of tokens and segment ids int32 [b, L] that are the store's rows int32 [b].
+    ) -> Callable[[], RowCandidates]:
+        """Hand the device tokens and segment ids int32 [b, L] that are the store's rows int32 [b].
 
-        A row's result depends on the row, the spec and the seed, never on its batch.
+        What is returned waits for their candidates. Meanwhile the device may be handed more rows. A
+        row's result depends on the row, the spec and the seed, never on its batch.
         """
         ...
 
@@ -124,12 +127,17 @@ class Gemma2Teacher:
     def load(cls, folder: str | Path, dtype: str, vocab_size: int, devices: int = 1) -> Self:
         """The checkpoint in a folder, in `dtype`, shared by so many of this process's devices.
 
+        float8 is of the layers' products alone; the rest is bfloat16 then.
+
         Raises ConfigError if the checkpoint has fewer ids than the tokenizer, or cannot be shared
         by so many devices.
         """
         config_sha256, weights_sha256 = checkpoint.fingerprint(folder)
         placement = share(checkpoint.load_config(folder), devices)
-        config, params = checkpoint.load(folder, jnp.dtype(dtype), placement)
+        held = "bfloat16" if dtype == "float8" else dtype
+        config, params = checkpoint.load(folder, jnp.dtype(held), placement)
+        if dtype == "float8":
+            params["pairs"] = quantize_layers(params["pairs"])
         if config.vocab_size < vocab_size:
             raise ConfigError(
                 f"A teacher must know every id of the store's tokenizer, but {folder} has "
@@ -152,14 +160,14 @@ class Gemma2Teacher:
         self._ids = np.append(order, len(order)).astype(np.int32)
         self._place[order] = np.arange(len(order), dtype=np.int32)
 
-    def candidates(
+    def begin(
         self,
         tokens: np.ndarray,
         segment_ids: np.ndarray,
         rows: np.ndarray,
         spec: SamplerSpec,
         seed: int,
-    ) -> RowCandidates:
+    ) -> Callable[[], RowCandidates]:
         """As the protocol says; compiled once for each batch shape and spec."""
         found, entropy, label = candidates_step(
             self._params,
@@ -172,10 +180,16 @@ class Gemma2Teacher:
             vocab_size=self.info.vocab_size,
             execution=self._execution,
         )
-        position, column, points = (np.asarray(x) for x in found)
-        return RowCandidates(
-            position, self._ids[column], points, np.asarray(entropy), np.asarray(label)
-        )
+        # Those that the columns stand for now: another order may be asked for while this waits.
+        ids = self._ids
+
+        def wait() -> RowCandidates:
+            position, column, points = (np.asarray(x) for x in found)
+            return RowCandidates(
+                position, ids[column], points, np.asarray(entropy), np.asarray(label)
+            )
+
+        return wait
 
     def expected_entries(
         self,

@@ -10,7 +10,7 @@ are read from safetensors alone.
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -109,14 +109,14 @@ class TransformersTeacher:
         self._ids = np.append(order, len(order)).astype(np.int32)
         self._place = np.argsort(order).astype(np.int32)
 
-    def candidates(
+    def begin(
         self,
         tokens: np.ndarray,
         segment_ids: np.ndarray,
         rows: np.ndarray,
         spec: SamplerSpec,
         seed: int,
-    ) -> RowCandidates:
+    ) -> Callable[[], RowCandidates]:
         """As the protocol says; the sampler is compiled once for each tile shape and spec."""
         batch, length = tokens.shape
         size = tile_tokens(length)
@@ -138,14 +138,19 @@ class TransformersTeacher:
             for tile, scores in enumerate(self._tiles(tokens, segment_ids))
         ]
         settled, entropy, label = _settle(found)
-        position = np.asarray(settled.position) + np.tile(np.arange(count) * size, batch)[:, None]
-        return RowCandidates(
-            position.reshape(batch, -1).astype(np.int32),
-            self._ids[np.asarray(settled.id)].reshape(batch, -1),
-            np.asarray(settled.points).reshape(batch, -1),
-            np.asarray(entropy).reshape(batch, length),
-            np.asarray(label).reshape(batch, length),
-        )
+        ids = self._ids
+
+        def wait() -> RowCandidates:
+            firsts = np.tile(np.arange(count) * size, batch)[:, None]
+            return RowCandidates(
+                (np.asarray(settled.position) + firsts).reshape(batch, -1).astype(np.int32),
+                ids[np.asarray(settled.id)].reshape(batch, -1),
+                np.asarray(settled.points).reshape(batch, -1),
+                np.asarray(entropy).reshape(batch, length),
+                np.asarray(label).reshape(batch, length),
+            )
+
+        return wait
 
     def expected_entries(
         self,

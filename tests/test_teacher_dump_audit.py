@@ -121,24 +121,24 @@ def test_a_row_of_other_targets_under_a_seal_of_its_own_is_found(
     store = str(world / "store")
     ledger = Ledger(store, "default", manifests.read_manifest(store, "default"))
     ledger.withdraw([1])
-    compute_rows = dump.compute_rows
+    begin_rows = dump.begin_rows
 
-    def damaged(teacher, vocabulary, tokens, segments, rows, **settings):
-        right = compute_rows(teacher, vocabulary, tokens, segments, rows, **settings)
+    def damaged(*arguments, **settings):
+        right = begin_rows(*arguments, **settings)()
         settings["seed"] += 1
-        wrong = compute_rows(teacher, vocabulary, tokens, segments, rows, **settings)
+        wrong = begin_rows(*arguments, **settings)()
         for name, values in right.columns().items():
             values[3] = wrong.columns()[name][3]
-        return right
+        return lambda: right
 
-    monkeypatch.setattr(dump, "compute_rows", damaged)
+    monkeypatch.setattr(dump, "begin_rows", damaged)
     config = config_of(
         world,
         "default",
         SamplerConfig(name="multinomial", points=8, entries_per_token=8, block_tokens=32),
     )
     dump.dump(config, QUIET)
-    monkeypatch.setattr(dump, "compute_rows", compute_rows)
+    monkeypatch.setattr(dump, "begin_rows", begin_rows)
     assert verify(store).ok
     rows = manifests.read_manifest(store, "default").num_sequences
     status = verify_by(world, "loud5", "--rows", str(rows))

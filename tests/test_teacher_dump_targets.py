@@ -1,5 +1,6 @@
 """Settling a row: whole points, thinning to the slots and to the offset bits, without bias."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from logit_store.layout import predicted_mask
 from schemas.errors import BudgetError
 from schemas.manifest import MOST_POINTS, SamplerSpec, TeacherInfo
 from teacher_dump import targets
-from teacher_dump.targets import compute_rows, settle_row
+from teacher_dump.targets import begin_rows, settle_row
 from teacher_dump.teacher import RowCandidates
 
 LENGTH, BLOCK, VOCAB, POINTS = 12, 4, 200, 16
@@ -405,27 +406,40 @@ class MadeUpTeacher:
 
     def __init__(self, nats: float):
         self.asked: list[np.ndarray] = []
+        self.unsettled: list[int] = []
+        """Batches handed over and not waited for yet, whenever one is waited for."""
+        self.waited = 0
         self._nats = nats
 
-    def candidates(
+    def begin(
         self,
         tokens: np.ndarray,
         segment_ids: np.ndarray,
         rows: np.ndarray,
         spec: SamplerSpec,
         seed: int,
-    ) -> RowCandidates:
+    ) -> Callable[[], RowCandidates]:
         self.asked.append(rows)
         predicted = predicted_mask(segment_ids[0])
         one = draws(np.random.default_rng(0), predicted, np.full(LENGTH, spec.points), VOCAB)
         many = [np.tile(x, (len(rows), 1)) for x in (one.position, one.id, one.points)]
         nats = np.where(predicted_mask(segment_ids), self._nats, 0.0).astype(np.float32)
-        return RowCandidates(*many, nats, -nats / 2)
+
+        def wait() -> RowCandidates:
+            self.unsettled.append(len(self.asked) - self.waited)
+            self.waited += 1
+            return RowCandidates(*many, nats, -nats / 2)
+
+        return wait
 
 
 def compute(teacher: MadeUpTeacher, rows: np.ndarray, seed: int = 0, slots: int = 3) -> Any:
+    return begin(teacher, rows, seed, slots)()
+
+
+def begin(teacher: MadeUpTeacher, rows: np.ndarray, seed: int = 0, slots: int = 3) -> Any:
     segment_ids = np.ones((len(rows), LENGTH), np.int32)
-    return compute_rows(
+    return begin_rows(
         teacher,  # type: ignore[arg-type]
         vocabulary(),
         np.zeros_like(segment_ids),
@@ -435,6 +449,23 @@ def compute(teacher: MadeUpTeacher, rows: np.ndarray, seed: int = 0, slots: int 
         seed=seed,
         batch_sequences=4,
     )
+
+
+def test_the_device_has_the_next_batch_while_one_is_settled() -> None:
+    teacher = MadeUpTeacher(nats=1.0)
+    compute(teacher, np.arange(17))
+    assert teacher.unsettled == [2, 2, 2, 2, 1]
+
+
+def test_a_teacher_may_be_handed_other_rows_before_the_last_are_settled() -> None:
+    teacher = MadeUpTeacher(nats=1.0)
+    first, second = (begin(teacher, rows) for rows in (np.arange(9), np.arange(20, 26)))
+    assert len(teacher.asked) == 5
+    assert teacher.waited == 3
+    found = [finish().entry_bucket for finish in (second, first)]
+    for buckets, rows in zip(found, (np.arange(20, 26), np.arange(9)), strict=True):
+        expected = compute(MadeUpTeacher(nats=1.0), rows).entry_bucket
+        np.testing.assert_array_equal(buckets, expected)
 
 
 def test_rows_are_settled_by_their_own_numbers_in_padded_batches() -> None:

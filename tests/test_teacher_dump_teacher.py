@@ -103,7 +103,7 @@ def propose(
     spec: SamplerSpec = SPEC,
     seed: int = 1,
 ) -> RowCandidates:
-    return teacher.candidates(tokens, segments, np.arange(len(tokens)) + 10, spec, seed)
+    return teacher.begin(tokens, segments, np.arange(len(tokens)) + 10, spec, seed)()
 
 
 def dense(found: RowCandidates) -> np.ndarray:

@@ -164,11 +164,11 @@ def test_both_backends_have_the_same_distributions(
     predicted = predicted_mask(segment_ids)
     np.testing.assert_allclose(b[predicted], a[predicted], rtol=1e-4, atol=1e-4)
     assert np.ptp(a[predicted]) > 10 / TEMPERATURE
-    x, y = (t.candidates(tokens, segment_ids, rows, SPEC, seed=5) for t in (ours, theirs))
+    x, y = (t.begin(tokens, segment_ids, rows, SPEC, seed=5)() for t in (ours, theirs))
     np.testing.assert_allclose(y.teacher_entropy, x.teacher_entropy, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(y.label_logprob, x.label_logprob, rtol=1e-3, atol=1e-4)
     # The same randomness: but for a point on an edge that a last bit moves, the same draws.
-    z = ours.candidates(tokens, segment_ids, rows, SPEC, seed=6)
+    z = ours.begin(tokens, segment_ids, rows, SPEC, seed=6)()
     same, other = (np.minimum(dense(x), dense(k)).sum() / dense(x).sum() for k in (y, z))
     assert same > 0.99
     assert other < 0.9
@@ -219,11 +219,11 @@ def test_full_targets_are_the_models_softmax(
     teacher.arrange(np.random.default_rng(4).permutation(VOCAB))
     p = np.exp(one_by_one(llama, tokens, segment_ids))
     p[~predicted_mask(segment_ids)] = 0.0
-    found = dense(teacher.candidates(tokens, segment_ids, np.arange(ROWS), FULL, 0))
+    found = dense(teacher.begin(tokens, segment_ids, np.arange(ROWS), FULL, 0)())
     np.testing.assert_allclose(found[..., :VOCAB] / MOST_POINTS, p, rtol=1e-3, atol=1e-7)
     assert (found[..., VOCAB] == 0).all()
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=-1)
-    again = teacher.candidates(tokens, segment_ids, np.arange(ROWS), FULL, 0)
+    again = teacher.begin(tokens, segment_ids, np.arange(ROWS), FULL, 0)()
     np.testing.assert_allclose(again.teacher_entropy, entropy, rtol=1e-4, atol=1e-5)
 
 
@@ -238,7 +238,7 @@ def test_systematic_targets_are_unbiased_and_of_the_vocabulary(
     # Rows of the same tokens under other numbers have randomness of their own.
     batch = np.arange(times) + 50
     same = [np.repeat(x[1:2], times, axis=0) for x in (tokens, segment_ids)]
-    points = dense(teacher.candidates(same[0], same[1], batch, SPEC, 3))
+    points = dense(teacher.begin(same[0], same[1], batch, SPEC, 3)())
     assert (np.abs(points[..., :VOCAB] - POINTS * p) < 1 + 1e-3).all()
     assert (points[..., VOCAB] == 0).all()
     # Of errors below one point: five standard deviations, of 9,632 numbers, and something.
@@ -267,7 +267,7 @@ def test_tiles_are_of_a_row_and_scores_of_more_never_exist(
     monkeypatch.setattr(torch_teachers.TransformersTeacher, "_scores", seen)
     tiled = all_log_probabilities(teacher, tokens, segment_ids)
     np.testing.assert_allclose(tiled, whole, rtol=1e-4, atol=1e-5)
-    found = teacher.candidates(tokens, segment_ids, np.arange(ROWS), spec, 0)
+    found = teacher.begin(tokens, segment_ids, np.arange(ROWS), spec, 0)()
     entropy = -(np.exp(whole) * whole).sum(axis=-1)
     entropy[~predicted_mask(segment_ids)] = 0.0
     np.testing.assert_allclose(found.teacher_entropy, entropy, rtol=1e-4, atol=1e-4)

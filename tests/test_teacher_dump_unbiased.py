@@ -275,7 +275,7 @@ def test_blocks_of_which_chance_decides_if_they_are_thinned_are_unbiased(setting
 def test_tiles_without_room_for_their_points_are_unbiased(setting: Setting) -> None:
     tokens, segment_ids = (x[:BATCH] for x in setting.repeated())
     spec = spec_of("systematic, halved")
-    proposed = setting.teacher.candidates(tokens, segment_ids, np.arange(BATCH), spec, SEED)
+    proposed = setting.teacher.begin(tokens, segment_ids, np.arange(BATCH), spec, SEED)()
     totals = proposed.points.sum(axis=1)
     assert set(totals.tolist()) <= {11 * points for points in (16, 8, 4)}
     found = decoded(setting, "systematic, halved")
