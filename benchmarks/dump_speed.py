@@ -1,85 +1,257 @@
-"""Tokens per second of a dump's teacher on one GPU and shared by several.
+"""Tokens per second of a dump by a teacher of real size: its layers and head, with sampling, whole.
 
-`python -m benchmarks.shared_teacher --model gemma2-27b --devices 1 2` makes random bfloat16 weights
-where they belong and times `Gemma2Teacher.candidates` (forward, head, sampling, and what was found
-brought to the host) on rows of 8,192 tokens, all ways in one process, one after the other.
+`python -m benchmarks.dump_speed --model gemma2-9b --batch 2 --dtypes bfloat16 float8` makes random
+weights where they belong, and one process measures, in this order: the matrix rate of the device;
+the bare forward (layers, head, log-sum-exp of every position); the teacher's step as a dump calls
+it, with sampling; `retort dump`'s own job, from a store's tokens to committed shards on a local
+disk, all but the loading of weights; the matrix rate again. Rows of 8,192 tokens are one document
+each, the longest attention that there is. The embedding is scaled so that the entropy is about 3.5
+nats, as a good teacher's is. With `--devices 2` the layers are shared; `--no-dump` needs no Beam.
 """
 
 import argparse
+import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.step_speed import Rates
+from benchmarks.synthetic import zipf_ids
 from gemma2 import flops, presets
-from gemma2.model import init_params
+from gemma2.float8 import quantize_layers
+from gemma2.model import Execution, hidden_states, init_params, logits
 from gemma2.placement import Placement
-from schemas.manifest import SamplerSpec, TeacherInfo
+from logit_store import codec, writer
+from logit_store.ledger import Ledger
+from schemas.manifest import (
+    Corpus,
+    SamplerSpec,
+    TargetsManifest,
+    TeacherDtype,
+    TeacherInfo,
+    TokenizerInfo,
+    TokensManifest,
+    identity,
+)
 from schemas.model import ModelConfig
-from teacher_dump.teacher import Gemma2Teacher, share
+from schemas.runs import DumpConfig
+from teacher_dump.teacher import Gemma2Teacher, share, tile_tokens
 
 LENGTH, VOCAB = 8192, 256_000
 SPEC = SamplerSpec(name="systematic", points=24, slots_per_token=18, block_tokens=1024)
+# Standard deviation of Gaussian scores over V ids with entropy ln V - sd^2 / 2 = 3.5 nats.
+SPREAD = 4.2
 
 
-def make_params(config: ModelConfig, placement: Placement) -> Any:
-    """Random bfloat16 parameters, each made on its own devices."""
-    shapes = jax.eval_shape(partial(init_params, config, param_dtype=jnp.bfloat16), key())
+def make_params(config: ModelConfig, placement: Placement, dtype: TeacherDtype) -> Any:
+    """Random parameters, each made on its own devices."""
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(partial(init_params, config, param_dtype=jnp.bfloat16), key)
 
     def make(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        where = placement.sharding(path, leaf.shape)
-        scale = 0.02 if leaf.ndim > 1 else 0.0
+        is_table = path[0].key == "embedding"
+        scale = SPREAD / config.d_model**0.5 if is_table else 0.02 if leaf.ndim > 2 else 0.0
         return jax.jit(
-            lambda: (scale * jax.random.normal(key(), leaf.shape, jnp.float32)).astype(leaf.dtype),
-            out_shardings=where,
+            lambda: (scale * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype),
+            out_shardings=placement.sharding(path, leaf.shape),
         )()
 
-    return jax.tree_util.tree_map_with_path(make, shapes)
+    params = jax.tree_util.tree_map_with_path(make, shapes)
+    if dtype == "float8":
+        params["pairs"] = quantize_layers(params["pairs"])
+    return params
 
 
-def key() -> jax.Array:
-    return jax.random.key(0)
-
-
-def measure(config: ModelConfig, devices: int, rows: int, times: int) -> None:
-    placement = share(config, devices)
-    info = TeacherInfo(name="random", config_sha256="", weights_sha256="", vocab_size=VOCAB)
-    teacher = Gemma2Teacher(info, config, make_params(config, placement), placement)
-    tokens = np.random.default_rng(0).integers(4, VOCAB, (rows, LENGTH)).astype(np.int32)
-    segments = np.ones_like(tokens)
+def seconds_of(run: Callable[[], Any], times: int) -> float:
+    """Median of so many calls, after one that compiles."""
     took = []
-    for turn in range(times + 1):
+    for _ in range(times + 1):
         start = time.perf_counter()
-        found = teacher.candidates(tokens, segments, np.arange(rows), SPEC, seed=turn)
+        jax.block_until_ready(run())
         took.append(time.perf_counter() - start)
-    seconds = statistics.median(took[1:])
-    work = flops.forward_flops_per_token(config, LENGTH).total * tokens.size
+    return statistics.median(took[1:])
+
+
+@partial(jax.jit, static_argnames=("config", "execution"))
+def forward(
+    params: Any, tokens: jax.Array, segments: jax.Array, *, config: Any, execution: Execution
+) -> jax.Array:
+    """float32 [tiles, tile]: the log-sum-exp of every position's scores."""
+    hidden = hidden_states(
+        params, config, tokens, segments, dtype=jnp.bfloat16, execution=execution
+    )
+
+    def one_tile(table: jax.Array, states: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(logits({"embedding": table}, config, states), axis=1)
+
+    def all_tiles(table: jax.Array, states: jax.Array) -> jax.Array:
+        return jax.lax.map(partial(one_tile, table), states)
+
+    tiles = hidden.reshape(-1, tile_tokens(LENGTH), hidden.shape[-1])
+    return execution.placement.spread(all_tiles, params["embedding"], tiles)
+
+
+def make_store(url: str, shards: int, shard_rows: int, batch: int, info: TeacherInfo, dtype: Any):
+    """A store of random tokens, and an empty set of targets; the ledger of these."""
+    shapes = {
+        "num_sequences": shards * shard_rows,
+        "sequence_tokens": LENGTH,
+        "shard_sequences": shard_rows,
+    }
+    corpus = Corpus(sources=(), splits=())
+    tokens = TokensManifest(
+        **shapes,
+        tokenizer=TokenizerInfo(sha256="0" * 64, vocab_size=VOCAB, bos_id=2, eos_id=1, pad_id=0),
+        corpus=corpus.summary(),
+        software={},
+    )
+    counts = (1e9 / (1 + np.arange(VOCAB))).astype(np.int64)
+    order = np.arange(VOCAB, dtype=np.uint32)
+    tables = writer.Tables(codec.make_vocabulary(counts, SPEC.slots_per_token), order)
+    targets = TargetsManifest(
+        **shapes,
+        tokens_fingerprint=identity(tokens),
+        teacher=info,
+        sampler=SPEC,
+        vocabulary=tables.info(),
+        seed=0,
+        dtype=dtype,
+        batch_sequences=batch,
+        software={},
+    )
+    writer.create_tokens(url, tokens, corpus)
+    random = np.random.default_rng(0)
+    for spec in writer.plan_shards(tokens):
+        rows = zipf_ids(random, VOCAB, (shard_rows, LENGTH))
+        writer.TokensWriter(url).write(spec, rows, np.ones(rows.shape, np.uint16))
+    writer.create_targets(url, "default", targets, tables)
+    return Ledger(url, "default", targets)
+
+
+def dump_whole(teacher: Gemma2Teacher, dtype: Any, options: argparse.Namespace) -> str:
+    """Have the dump's own job write a store by this teacher; what it said of itself."""
+    from rich.console import Console
+
+    from pipelines import dump
+    from pipelines.shards import write_and_sum_up
+
+    folder = Path(tempfile.mkdtemp(dir=options.out))
+    try:
+        url = str(folder / "store")
+        batch, devices = options.batch, options.devices
+        config = DumpConfig(
+            store=url,
+            teacher=folder,
+            dtype=dtype,
+            batch_sequences=batch,
+            model_devices=devices,
+        )
+        ledger = make_store(url, options.shards, options.shard_rows, batch, teacher.info, dtype)
+        key = (str(folder), teacher.info.backend, dtype, teacher.info.vocab_size, devices)
+        dump._teachers[key] = teacher
+        work = write_and_sum_up(
+            ledger,
+            dump.WriteTargets(config),
+            Console(quiet=True),
+            None,
+            verb="dump",
+            stage="dump",
+        )
+        del dump._teachers[key]
+        tokens = work.statistics.tokens
+        return (
+            f"{tokens / work.seconds:,.0f} tokens/s: {tokens:,} tokens in {work.computed} shards, "
+            f"{work.statistics.entries / tokens:.2f} entries and {work.bytes / tokens:.1f} bytes a "
+            f"token"
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(config: ModelConfig, dtype: TeacherDtype, options: argparse.Namespace) -> None:
+    rows = options.batch
+    placement = share(config, options.devices)
+    info = TeacherInfo(name="random", config_sha256="", weights_sha256="", vocab_size=VOCAB)
+    rates = Rates(jax.local_devices()[0])
+    rates.measure_products()
+    teacher = Gemma2Teacher(info, config, make_params(config, placement, dtype), placement)
+    random = np.random.default_rng(0)
+    tokens = zipf_ids(random, VOCAB, (rows, LENGTH))
+    segments = np.ones_like(tokens)
+    work = flops.forward_flops_per_token(config, LENGTH).total
+
+    def say(what: str, seconds: float) -> float:
+        rate = tokens.size / seconds
+        share_of = work * rate / options.devices / rates.matrix
+        print(
+            f"  {what}: {seconds * 1e3:.1f} ms, {rate:,.0f} tokens/s, "
+            f"{work * rate / options.devices / 1e12:.0f} TFLOP/s a device ({share_of:.1%} of the "
+            "matrix rate)",
+            flush=True,
+        )
+        return seconds
+
+    arrays = jnp.asarray(tokens), jnp.asarray(segments)
+    bare = say(
+        "layers and head",
+        seconds_of(
+            lambda: forward(
+                teacher._params,
+                *arrays,
+                config=config,
+                execution=teacher._execution,
+            ),
+            options.times,
+        ),
+    )
+    sampled = say(
+        "with sampling",
+        seconds_of(
+            lambda: teacher.begin(tokens, segments, np.arange(rows), SPEC, 0)(), options.times
+        ),
+    )
+    print(f"  sampling adds {sampled / bare - 1:.1%}", flush=True)
+    entropy = teacher.begin(tokens, segments, np.arange(rows), SPEC, 0)().teacher_entropy.mean()
+    if options.dump:
+        said = dump_whole(teacher, dtype, options)
+        rate = float(said.split(" ")[0].replace(",", ""))
+        print(f"  dump: {said}; {bare * rate / tokens.size:.1%} of layers and head", flush=True)
+    rates.measure_products()
     peak = max(
         (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-        for device in jax.local_devices()[:devices]
+        for device in jax.local_devices()[: options.devices]
     )
     print(
-        f"{devices} devices, {rows} x {LENGTH}: {tokens.size / seconds:,.0f} tokens/s, "
-        f"{work / seconds / devices / 1e12:.0f} TFLOP/s a device, peak {peak / 2**30:.1f} GiB, "
-        f"compiled in {took[0]:.0f} s, entropy {found.teacher_entropy.mean():.3f}",
+        f"  {rates}; peak {peak / 2**30:.1f} GiB, entropy {entropy:.2f} nats, attention "
+        f"{teacher._execution.attention}",
         flush=True,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="gemma2-27b")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--model", default="gemma2-9b", help="preset, or a file of a ModelConfig")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="and float8")
+    parser.add_argument("--devices", type=int, default=1, help="that share the layers")
+    parser.add_argument("--batch", type=int, default=2, help="rows of a batch")
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--shard-rows", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--no-dump", dest="dump", action="store_false")
     options = parser.parse_args()
-    print(f"{jax.devices()}, jax {jax.__version__}, {options.model}", flush=True)
-    for devices in sorted(options.devices, reverse=True):
-        measure(presets.resolve(options.model), devices, options.rows, options.times)
+    print(f"{jax.devices()}, jax {jax.__version__}", flush=True)
+    for dtype in options.dtypes:
+        print(f"{options.model}, {dtype}, batches of {options.batch} x {LENGTH}", flush=True)
+        measure(presets.resolve(options.model), dtype, options)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from gemma2 import attention as attention_kernels
+from gemma2.float8 import Float8, product
 from gemma2.placement import ALONE, Placement
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig, Remat
@@ -76,7 +77,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel; kernel [inputs, outputs], no bias."""
+    """y = x @ kernel; kernel [inputs, outputs], no bias; or, in a forward pass, a Float8."""
 
     def __init__(
         self, name: str, inputs: int, outputs: int, rngs: nnx.Rngs, param_dtype: DTypeLike
@@ -89,10 +90,14 @@ class Linear(nnx.Module):
 
     @jax.named_scope("linear")
     def __call__(self, x: Array, execution: Execution) -> Array:
-        kernel = execution.placement.weight(self.name, self.kernel[...], x.dtype)
-        kernel = checkpoint_name(kernel, "weight")
+        kernel = self.kernel.get_value()
         # As one matrix: XLA on CPU is three times slower at the gradient of a batched product.
-        rows = x.reshape(-1, x.shape[-1]) @ kernel
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(kernel, Float8):
+            rows = product(rows, kernel)
+        else:
+            kernel = execution.placement.weight(self.name, kernel, x.dtype)
+            rows = rows @ checkpoint_name(kernel, "weight")
         return rows.reshape(*x.shape[:-1], -1)
 
 

@@ -18,6 +18,7 @@ MOST_POINTS = 65_535
 """Points of a position at most: they are counted in uint16."""
 SamplerName = Literal["systematic", "multinomial", "top_k", "full"]
 Backend = Literal["jax", "transformers"]
+TeacherDtype = Literal["float32", "bfloat16", "float8"]
 
 
 class SamplerSpec(Document):
@@ -246,7 +247,7 @@ class TargetsManifest(Document):
     sampler: SamplerSpec
     vocabulary: VocabularyInfo
     seed: int = Field(ge=0, lt=2**64)
-    dtype: Literal["float32", "bfloat16"] = Field(description="The teacher's arithmetic.")
+    dtype: TeacherDtype = Field(description="The teacher's arithmetic.")
     batch_sequences: int = Field(
         ge=1, description="The teacher's fixed batch: equal bytes are promised for an equal shape."
     )

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from schemas.accelerators import ACCELERATORS
 from schemas.base import Document
 from schemas.corpus import CorpusConfig
-from schemas.manifest import MOST_POINTS, SamplerName, SamplerSpec
+from schemas.manifest import MOST_POINTS, SamplerName, SamplerSpec, TeacherDtype
 from schemas.model import Remat
 
 DEFAULT_SEQUENCE_TOKENS = 8192
@@ -121,7 +121,11 @@ class DumpConfig(Document):
     sampler: SamplerConfig = SamplerConfig()
     seed: int = Field(0, ge=0, lt=2**64)
     batch_sequences: int = Field(1, ge=1, description="Fixed batch shape of the teacher.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Teacher's arithmetic.")
+    dtype: TeacherDtype = Field(
+        "bfloat16",
+        description="Teacher's arithmetic; float8: of the layers' products, with scales for each "
+        "token and each column of a weight, and bfloat16 for the rest.",
+    )
     model_devices: int = Field(
         1,
         ge=1,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from gemma2 import checkpoint
-from schemas.errors import CheckpointError, ManifestMismatchError
-from schemas.manifest import Backend, TeacherInfo, TokenizerInfo
+from schemas.errors import CheckpointError, ConfigError, ManifestMismatchError
+from schemas.manifest import Backend, TeacherDtype, TeacherInfo, TokenizerInfo
 from teacher_dump.teacher import Gemma2Teacher, Teacher
 
 _GEMMA2 = "gemma2"
@@ -27,6 +27,15 @@ def choose(wanted: Literal["auto", "jax", "transformers"], folder: str | Path) -
     if wanted != "auto":
         return wanted
     return "jax" if _stored_config(folder).get("model_type") == _GEMMA2 else "transformers"
+
+
+def check_dtype(backend: Backend, dtype: TeacherDtype) -> None:
+    """Raise ConfigError if a backend does not have this arithmetic."""
+    if backend == "transformers" and dtype == "float8":
+        raise ConfigError(
+            "dtype float8 is for Gemma 2 teachers in JAX, but the backend is transformers; use "
+            "bfloat16."
+        )
 
 
 def describe(backend: Backend, folder: str | Path, vocab_size: int) -> TeacherInfo:
