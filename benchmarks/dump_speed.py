@@ -49,6 +49,8 @@ LENGTH, VOCAB = 8192, 256_000
 SPEC = SamplerSpec(name="systematic", points=24, slots_per_token=18, block_tokens=1024)
 # Standard deviation of Gaussian scores over V ids with entropy ln V - sd^2 / 2 = 3.5 nats.
 SPREAD = 4.2
+# Of what layers add to the stream, so that its last token is not what a random model expects next.
+LOUDNESS = 20.0
 
 
 def make_params(config: ModelConfig, placement: Placement, dtype: TeacherDtype) -> Any:
@@ -57,11 +59,15 @@ def make_params(config: ModelConfig, placement: Placement, dtype: TeacherDtype) 
     shapes = jax.eval_shape(partial(init_params, config, param_dtype=jnp.bfloat16), key)
 
     def make(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        is_table = path[0].key == "embedding"
-        scale = SPREAD / config.d_model**0.5 if is_table else 0.02 if leaf.ndim > 2 else 0.0
+        names = [step.key for step in path]
+        where = placement.sharding(path, leaf.shape)
+        if names[-1] == "weight":
+            loud = any(name.startswith("post_") for name in names)
+            return jnp.full(leaf.shape, LOUDNESS if loud else 0.0, leaf.dtype, device=where)
+        scale = SPREAD / config.d_model**0.5 if names == ["embedding"] else 0.02
         return jax.jit(
             lambda: (scale * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype),
-            out_shardings=placement.sharding(path, leaf.shape),
+            out_shardings=where,
         )()
 
     params = jax.tree_util.tree_map_with_path(make, shapes)
@@ -243,8 +249,8 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="that share the layers")
     parser.add_argument("--batch", type=int, default=2, help="rows of a batch")
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--shard-rows", type=int, default=16)
+    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--shard-rows", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--no-dump", dest="dump", action="store_false")
     options = parser.parse_args()

@@ -71,6 +71,8 @@ class Engine(Document):
                 [
                     "--direct_running_mode=multi_processing",
                     f"--direct_num_workers={self.workers or 0}",
+                    # Workers write to this terminal; their errors come back as exceptions.
+                    "--default_sdk_harness_log_level=CRITICAL",
                 ]
             )
         if self.scheduler is None:

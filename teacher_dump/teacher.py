@@ -117,7 +117,8 @@ class Gemma2Teacher:
         self._dtype = embedding(params).dtype
         device = jax.local_devices()[0]
         kernel = resolve("auto", config, device, dtype=self._dtype, backward=False)
-        self._execution = Execution(kernel, placement)
+        # Sliced out of a stack inside of a loop, weights are copied.
+        self._execution = Execution(kernel, placement, is_unrolled=device.platform == "gpu")
         self._params = _rows(params, _padded(np.arange(info.vocab_size)))
         # The rest, which a sampler may name, is the id behind the last.
         self._ids = np.arange(info.vocab_size + 1, dtype=np.int32)
