@@ -5,8 +5,8 @@ there, and no more entries in a block than it has slots. All randomness is that 
 """
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -19,9 +19,9 @@ from schemas.manifest import SamplerSpec
 from teacher_dump import samplers
 from teacher_dump.teacher import RowCandidates, Teacher
 
-# Batches that the teacher has been handed when one is waited for: this one and the next, so that
-# the device has work while the host settles what it has found.
-_BATCHES_AHEAD = 2
+# Batches that are computed or settled at a time, each settled by a thread of its own: the device
+# has the next one meanwhile.
+_BATCHES_AT_ONCE = 3
 # A block that still has too many entries loses one of so many parts of its points at a time.
 _THINNING_STEPS = 64
 
@@ -71,31 +71,31 @@ def begin_rows(
     From then on the teacher may be handed other rows, in another order of ids too.
     """
     samplers.check(spec, teacher.info.vocab_size)
-    found: list[dict[str, np.ndarray]] = []
-    begun: deque[tuple[np.ndarray, Callable[[], RowCandidates]]] = deque()
+    pool = ThreadPoolExecutor(_BATCHES_AT_ONCE, thread_name_prefix="settle")
+    batches: list[Future[list[dict[str, np.ndarray]]]] = []
 
-    def settle_oldest() -> None:
-        mine, wait = begun.popleft()
+    def settle(mine: np.ndarray, wait: Callable[[], RowCandidates]) -> list[dict[str, np.ndarray]]:
         result = wait()
-        for index, row in enumerate(mine.tolist()):
-            found.append(_encode_row(result, index, row, vocabulary, spec, seed))
-
-    for start in range(0, len(rows), batch_sequences):
-        padded = np.minimum(np.arange(start, start + batch_sequences), len(rows) - 1)
-        begun.append(
-            (
-                rows[start : start + batch_sequences],
-                teacher.begin(tokens[padded], segment_ids[padded], rows[padded], spec, seed),
-            )
-        )
-        if len(begun) == _BATCHES_AHEAD:
-            settle_oldest()
+        return [
+            _encode_row(result, index, row, vocabulary, spec, seed)
+            for index, row in enumerate(mine.tolist())
+        ]
 
     def finish() -> TargetRows:
-        while begun:
-            settle_oldest()
+        with pool:
+            found = [row for batch in batches for row in batch.result()]
         return TargetRows(**{name: np.stack([row[name] for row in found]) for name in found[0]})
 
+    try:
+        for number, start in enumerate(range(0, len(rows), batch_sequences)):
+            if number >= _BATCHES_AT_ONCE:
+                batches[number - _BATCHES_AT_ONCE].result()
+            padded = np.minimum(np.arange(start, start + batch_sequences), len(rows) - 1)
+            wait = teacher.begin(tokens[padded], segment_ids[padded], rows[padded], spec, seed)
+            batches.append(pool.submit(settle, rows[start : start + batch_sequences], wait))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     return finish
 
 

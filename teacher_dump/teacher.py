@@ -69,7 +69,8 @@ class Teacher(Protocol):
     ) -> Callable[[], RowCandidates]:
         """Hand the device tokens and segment ids int32 [b, L] that are the store's rows int32 [b].
 
-        What is returned waits for their candidates. Meanwhile the device may be handed more rows. A
+        What is returned waits for their candidates, in any thread. Meanwhile the device may be
+        handed more rows, by one thread at a time; it may take them only when it is almost done. A
         row's result depends on the row, the spec and the seed, never on its batch.
         """
         ...
@@ -117,8 +118,7 @@ class Gemma2Teacher:
         self._dtype = embedding(params).dtype
         device = jax.local_devices()[0]
         kernel = resolve("auto", config, device, dtype=self._dtype, backward=False)
-        # Sliced out of a stack inside of a loop, weights are copied.
-        self._execution = Execution(kernel, placement, is_unrolled=device.platform == "gpu")
+        self._execution = Execution(kernel, placement)
         self._params = _rows(params, _padded(np.arange(info.vocab_size)))
         # The rest, which a sampler may name, is the id behind the last.
         self._ids = np.arange(info.vocab_size + 1, dtype=np.int32)

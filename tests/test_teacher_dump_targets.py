@@ -1,5 +1,7 @@
 """Settling a row: whole points, thinning to the slots and to the offset bits, without bias."""
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -406,9 +408,10 @@ class MadeUpTeacher:
 
     def __init__(self, nats: float):
         self.asked: list[np.ndarray] = []
-        self.unsettled: list[int] = []
-        """Batches handed over and not waited for yet, whenever one is waited for."""
         self.waited = 0
+        self.most_unsettled = 0
+        self.hold: Callable[[int], None] = lambda batch: None
+        """Called with its number when a batch is waited for; the wait is over when it returns."""
         self._nats = nats
 
     def begin(
@@ -420,13 +423,15 @@ class MadeUpTeacher:
         seed: int,
     ) -> Callable[[], RowCandidates]:
         self.asked.append(rows)
+        number = len(self.asked) - 1
+        self.most_unsettled = max(self.most_unsettled, len(self.asked) - self.waited)
         predicted = predicted_mask(segment_ids[0])
         one = draws(np.random.default_rng(0), predicted, np.full(LENGTH, spec.points), VOCAB)
         many = [np.tile(x, (len(rows), 1)) for x in (one.position, one.id, one.points)]
         nats = np.where(predicted_mask(segment_ids), self._nats, 0.0).astype(np.float32)
 
         def wait() -> RowCandidates:
-            self.unsettled.append(len(self.asked) - self.waited)
+            self.hold(number)
             self.waited += 1
             return RowCandidates(*many, nats, -nats / 2)
 
@@ -453,15 +458,26 @@ def begin(teacher: MadeUpTeacher, rows: np.ndarray, seed: int = 0, slots: int = 
 
 def test_the_device_has_the_next_batch_while_one_is_settled() -> None:
     teacher = MadeUpTeacher(nats=1.0)
+    deadline = time.monotonic() + 30
+
+    def until_the_next_is_begun(batch: int) -> None:
+        while len(teacher.asked) < min(batch + 2, 5):
+            assert time.monotonic() < deadline, "the next batch waits for this one"
+            time.sleep(0.001)
+        time.sleep(0.01)
+
+    teacher.hold = until_the_next_is_begun
     compute(teacher, np.arange(17))
-    assert teacher.unsettled == [2, 2, 2, 2, 1]
+    assert 2 <= teacher.most_unsettled <= 3
 
 
 def test_a_teacher_may_be_handed_other_rows_before_the_last_are_settled() -> None:
     teacher = MadeUpTeacher(nats=1.0)
+    let_go = threading.Event()
+    teacher.hold = lambda batch: None if let_go.wait(30) else pytest.fail("never let go")
     first, second = (begin(teacher, rows) for rows in (np.arange(9), np.arange(20, 26)))
-    assert len(teacher.asked) == 5
-    assert teacher.waited == 3
+    assert (len(teacher.asked), teacher.waited) == (5, 0)
+    let_go.set()
     found = [finish().entry_bucket for finish in (second, first)]
     for buckets, rows in zip(found, (np.arange(20, 26), np.arange(9)), strict=True):
         expected = compute(MadeUpTeacher(nats=1.0), rows).entry_bucket
