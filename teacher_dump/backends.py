@@ -14,7 +14,7 @@ import numpy as np
 from gemma2 import checkpoint
 from schemas.errors import CheckpointError, ConfigError, ManifestMismatchError
 from schemas.manifest import Backend, TeacherDtype, TeacherInfo, TokenizerInfo
-from teacher_dump.teacher import Gemma2Teacher, Teacher
+from teacher_dump.teacher import Gemma2Teacher, Teacher, check_ids
 
 _GEMMA2 = "gemma2"
 _TOKENIZER_JSON = "tokenizer.json"
@@ -41,8 +41,12 @@ def check_dtype(backend: Backend, dtype: TeacherDtype) -> None:
 def describe(backend: Backend, folder: str | Path, vocab_size: int) -> TeacherInfo:
     """Who the teacher in a folder is, without loading it; reads all its bytes.
 
-    Raises CheckpointError if it is none for this backend.
+    Raises CheckpointError if it is none for this backend, and, before weights are read, ConfigError
+    if its config says that it has fewer ids than `vocab_size`.
     """
+    ids = _config_ids(backend, folder)
+    if ids is not None:
+        check_ids(folder, ids, vocab_size)
     if backend == "jax":
         config_sha256, weights_sha256 = checkpoint.fingerprint(folder)
     else:
@@ -130,6 +134,17 @@ def _json_ids(path: Path, raw: bytes) -> int:
             f"{path.name} must be a tokenizer's, with a vocabulary, but {path} is not ({error!r}); "
             "restore it."
         ) from error
+
+
+def _config_ids(backend: Backend, folder: str | Path) -> int | None:
+    """How many ids a folder's config says that its model has; None if it leaves that open."""
+    if backend == "jax":
+        return checkpoint.load_config(folder).vocab_size
+    stored = _stored_config(folder)
+    # Models that also see or hear keep what is the language model's in a section of its own.
+    text = stored.get("text_config")
+    found = (text if isinstance(text, dict) else stored).get("vocab_size")
+    return found if isinstance(found, int) else None
 
 
 def _stored_config(folder: str | Path) -> dict[str, Any]:

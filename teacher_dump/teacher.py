@@ -133,18 +133,14 @@ class Gemma2Teacher:
         Raises ConfigError if the checkpoint has fewer ids than the tokenizer, or cannot be shared
         by so many devices.
         """
+        config = checkpoint.load_config(folder)
+        check_ids(folder, config.vocab_size, vocab_size)
         config_sha256, weights_sha256 = checkpoint.fingerprint(folder)
-        placement = share(checkpoint.load_config(folder), devices)
+        placement = share(config, devices)
         held = "bfloat16" if dtype == "float8" else dtype
         config, params = checkpoint.load(folder, jnp.dtype(held), placement)
         if dtype == "float8":
             params["pairs"] = quantize_layers(params["pairs"])
-        if config.vocab_size < vocab_size:
-            raise ConfigError(
-                f"A teacher must know every id of the store's tokenizer, but {folder} has "
-                f"{config.vocab_size} and the tokenizer {vocab_size}; give the teacher that "
-                "belongs to the tokenizer."
-            )
         info = TeacherInfo(
             name=Path(folder).resolve().name,
             config_sha256=config_sha256,
@@ -242,6 +238,15 @@ class Gemma2Teacher:
             jnp.asarray(self._place[tokens]),
             jnp.asarray(segment_ids, jnp.int32),
             jnp.asarray(predicted_mask(np.asarray(segment_ids))),
+        )
+
+
+def check_ids(folder: str | Path, ids: int, vocab_size: int) -> None:
+    """Raise ConfigError if the teacher in a folder has fewer ids than the store's tokenizer."""
+    if ids < vocab_size:
+        raise ConfigError(
+            f"A teacher must know every id of the store's tokenizer, but {folder} has {ids} and "
+            f"the tokenizer {vocab_size}; give the teacher that belongs to the tokenizer."
         )
 
 

@@ -27,6 +27,7 @@ from teacher_dump import samplers
 from teacher_dump.samplers import CHUNK, Draft, Tile
 from teacher_dump.teacher import (
     RowCandidates,
+    check_ids,
     label_log_probability,
     seed_key,
     tile_keys,
@@ -85,13 +86,8 @@ class TransformersTeacher:
                 trust_remote_code=False,
             )
         head = model.get_output_embeddings()
-        if head is None or head.weight.shape[0] < info.vocab_size:
-            ids = "no head" if head is None else head.weight.shape[0]
-            raise ConfigError(
-                f"A teacher must know every id of the store's tokenizer, but {folder} has {ids} "
-                f"and the tokenizer {info.vocab_size}; give the teacher that belongs to the "
-                "tokenizer."
-            )
+        # A folder's config need not say how many.
+        check_ids(folder, 0 if head is None else head.weight.shape[0], info.vocab_size)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(info, model.to(device).eval().requires_grad_(False))
 

@@ -246,6 +246,28 @@ def test_a_dump_over_unfinished_tokens_is_refused(world, tmp_path):
         dump.dump(dump_config(world, tmp_path / "store"), QUIET)
 
 
+@pytest.mark.parametrize("backend", ["jax", "transformers"])
+def test_a_teacher_of_too_few_ids_is_refused_by_its_config(
+    world, whole, tmp_path, capsys, monkeypatch, backend
+):
+    """By the driver: there are no weights to load, and no job."""
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a job was begun"))
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    config = json.loads((world / "teacher" / "config.json").read_text()) | {"vocab_size": 500}
+    if backend == "transformers":
+        config = {"model_type": "gemma3", "text_config": config}
+    (folder / "config.json").write_text(json.dumps(config))
+    before = digest(whole)
+    asked = dump_config(world, whole, teacher=folder, name="few")
+    assert cli.main(["dump", *flags(asked)]) == 2
+    assert capsys.readouterr().err == (
+        f"retort dump: A teacher must know every id of the store's tokenizer, but {folder} "
+        "has 500 and the tokenizer 512; give the teacher that belongs to the tokenizer.\n"
+    )
+    assert digest(whole) == before
+
+
 def test_another_config_is_refused_field_by_field(world, whole):
     with pytest.raises(ManifestMismatchError, match="seed is 0 there and 7 here"):
         dump.dump(dump_config(world, whole, seed=7), QUIET)

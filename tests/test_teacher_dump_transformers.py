@@ -324,6 +324,10 @@ def test_folders_that_are_no_teacher_are_refused(llama: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="has 320 and the tokenizer 321"):
         load(llama, vocab=321)
     info = backends.describe("transformers", llama, VOCAB)
+    # Also where the config does not say how many there are.
+    many = info.model_copy(update={"vocab_size": 321})
+    with pytest.raises(ConfigError, match="has 320 and the tokenizer 321"):
+        TransformersTeacher.load(many, llama, "float32")
     with pytest.raises(ConfigError, match="runs on one device, but model_devices is 2"):
         TransformersTeacher.load(info, llama, "float32", devices=2)
     pickled = tmp_path / "pickled"
