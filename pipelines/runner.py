@@ -86,6 +86,8 @@ class Engine(Document):
 # Beam knows it by its full name alone.
 _DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
+# Beam puts it, and a step's name, behind the sentence of an error.
+_BEAMS_NOTE = " [while running"
 
 _REFUSED_RUNNERS = {
     "DirectRunner": "it may download and start another runner; leave --runner out for FnApiRunner",
@@ -134,7 +136,7 @@ def run(
     """Hand every spec to `work` once or more; return when all are done.
 
     Without options the runner is FnApiRunner in this process. A foreseeable error (a RetortError)
-    of a worker is raised again here as itself, whatever the runner wrapped it in.
+    of a worker is raised again here as itself, whatever the runner wrapped it in or put behind it.
     """
     if not specs:
         return
@@ -159,8 +161,8 @@ def run(
             client = getattr(result, "client", None)
             if client is not None:
                 client.close()
-    except errors.RetortError:
-        raise
+    except errors.RetortError as error:
+        raise type(error)(str(error).partition(_BEAMS_NOTE)[0]) from error
     except Exception as error:
         if "KeyboardInterrupt" in str(error).strip().rsplit("\n", 1)[-1]:
             raise KeyboardInterrupt from error
@@ -186,7 +188,7 @@ def name_of(options: PipelineOptions | None) -> str:
 
 def _foreseen(text: str) -> errors.RetortError | None:
     """The RetortError inside a runner's traceback text, or None if the failure was another."""
-    found = re.search(r"schemas\.errors\.(\w+): (.*?)(?: \[while running|\n|$)", text)
+    found = re.search(rf"schemas\.errors\.(\w+): (.*?)(?:{re.escape(_BEAMS_NOTE)}|\n|$)", text)
     if found is None:
         return None
     kind = getattr(errors, found[1], None)

@@ -308,6 +308,15 @@ def test_a_part_that_changes_between_the_passes_is_told(world: Path, tmp_path: P
         tokenize.write_shard(settings, spec)
 
 
+def test_an_error_of_a_worker_is_the_users_sentence_alone(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").symlink_to(tmp_path / "absent")
+    with pytest.raises(
+        ConfigError, match=r"^Every corpus file must be readable, but .*; check it\.$"
+    ):
+        run(world, tmp_path / "s", {"paths": [str(tmp_path / "a")]})
+
+
 def test_specs_are_small_however_many_files_there_are(world: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for number in range(500):
