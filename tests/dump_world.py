@@ -70,9 +70,7 @@ def rich_corpus(world: Path) -> CorpusConfig:
         documents = [*texts, *texts[:5], *near, *mail, *odd]
         random.Random(1).shuffle(documents)
         good = [json.dumps({"a": {"text": text}}) + "\n" for text in documents]
-        nested = b"".join(
-            b'{"a": ' + line.strip() + b"}\n" for line in POISON.splitlines() if b"oops" not in line
-        )
+        nested = b"".join(b'{"a": ' + line + b"}\n" for line in POISON.splitlines())
         (folder / "lines.jsonl").write_bytes("".join(good[:40]).encode() + nested)
         (folder / "more.jsonl.gz").write_bytes(gzip.compress("".join(good[40:]).encode()))
         cut = gzip.compress("".join(good[:9]).encode(), mtime=0)

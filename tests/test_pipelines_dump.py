@@ -29,7 +29,6 @@ from schemas.runs import CorpusConfig, SamplerConfig
 from teacher_dump import tokenizer as tokenizers
 
 QUIET = Console(quiet=True)
-MULTI_PROCESSING = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +158,6 @@ def test_a_second_run_reuses_everything(world, whole):
     assert "reused" in tokenize.tokenize(tokenize_config(world, whole), QUIET)
     assert "reused" in dump.dump(dump_config(world, whole), QUIET)
     assert digest(whole) == before
-
-
-def test_several_processes_write_the_same_bytes(world, whole, tmp_path):
-    options = runner.parse_options(MULTI_PROCESSING)
-    tokenize.tokenize(tokenize_config(world, tmp_path / "store"), QUIET, options)
-    dump.dump(dump_config(world, tmp_path / "store"), QUIET, options)
-    assert digest(tmp_path / "store") == digest(whole)
 
 
 def start(world: Path, store: Path) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""The same store from every engine: this process, a portable job server, a Dask cluster."""
+"""The same store from every engine, of a corpus with poison, filters and a mixture."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from dump_world import digest, dump_config, make_world, rich_corpus, tokenize_config
 from rich.console import Console
 
+from logit_store import manifests
 from logit_store.verify import verify
 from pipelines import cli, dump, runner, tokenize
 from pipelines.runner import Engine
@@ -101,6 +102,21 @@ def job_server() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def test_the_corpus_has_every_kind_of_poison(whole: Path) -> None:
+    report = manifests.read_report(str(whole))
+    assert report is not None
+    assert set(report.dead_letters) == {
+        *("empty", "no_text", "not_json", "not_utf8", "nul_bytes", "surrogate", "too_long"),
+        "unreadable",
+    }
+    assert any(name.startswith("dead_letters/") for name in digest(whole))
+
+
+def test_several_processes_write_the_same_bytes(world: Path, whole: Path, tmp_path: Path) -> None:
+    options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    assert digest(write(world, tmp_path / "store", options)) == digest(whole)
 
 
 def test_a_dask_cluster_writes_the_same_bytes(
