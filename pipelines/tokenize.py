@@ -26,7 +26,7 @@ from pipelines.tokenize_plan import CountSplit, Desk, IdentifySplit
 from schemas.errors import ConfigError, ManifestMismatchError, StoreNotFoundError
 from schemas.manifest import Corpus, LedgerRecord, ShardSpec, Split, TokensManifest
 from schemas.runs import TokenizeConfig
-from teacher_dump import documents
+from teacher_dump import corpus, documents
 from teacher_dump.corpus import Part
 from teacher_dump.tokenizer import Tokenizer
 
@@ -70,7 +70,11 @@ def _plan(
     Of a store that is there already only the files' hashes are compared.
     """
     desk = Desk(config)
-    specs = desk.lay_out()
+    splits = tokenize_plan.cut(config)
+    specs = desk.lay_out(splits)
+    large = corpus.too_large(splits, config.split_bytes)
+    # Of a million files, a gigabyte that the job does without.
+    del splits
     existing = _existing_manifest(config)
     if existing is not None:
         before = manifests.read_corpus(config.store, existing)
@@ -85,6 +89,9 @@ def _plan(
             _create(desk, config, manifest, found)
             desk.clear(others=True)
             return manifest
+    if large:
+        notice = tokenize_view.too_large(large, corpus.most_part_bytes(config.split_bytes))
+        console.print(f"tokenize: {notice}", markup=False)
     known = desk.counts.get({spec.index: spec.run for spec in specs})
     missing = [spec for spec in specs if spec.index not in known]
     with progress.watch(console, "tokenize: counting", len(specs), "splits", desk.counts.count):

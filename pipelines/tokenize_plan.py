@@ -148,11 +148,9 @@ class Desk:
     def _store(self) -> Any:
         return storage.open_kvstore(self._config.store, self._folder)
 
-    def lay_out(self) -> list[SplitSpec]:
-        """Cut the corpus into splits and write down what each is; equal files, equal specs."""
+    def lay_out(self, splits: Sequence[Sequence[Part]]) -> list[SplitSpec]:
+        """Write down what each split is; equal splits, equal specs."""
         config = self._config
-        files = corpus.list_files(config.corpus)
-        splits = corpus.split(files, config.corpus, config.split_bytes)
         tokenizer = Tokenizer.load(config.tokenizer).info.sha256
         common = f"{config.fingerprint()}-{tokenizer}-{documents.filter_files(config.corpus)}"
         specs = []
@@ -220,6 +218,12 @@ class Desk:
             f"A store must be planned by one job at a time, but another plans or has planned "
             f"{self._config.store} meanwhile; run again when it has ended."
         )
+
+
+def cut(config: TokenizeConfig) -> list[list[Part]]:
+    """The corpus in splits. Raises ConfigError as `teacher_dump.corpus.list_files` does."""
+    files = corpus.list_files(config.corpus)
+    return corpus.split(files, config.corpus, config.split_bytes)
 
 
 def recipe(config: TokenizeConfig) -> dict[str, object] | None:

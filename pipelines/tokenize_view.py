@@ -1,7 +1,11 @@
-"""What `retort tokenize` says at its end: the store's corpus report for a person. Pure."""
+"""What `retort tokenize` says: at its end the store's corpus report for a person. Pure."""
+
+from collections.abc import Sequence
 
 from logit_store import layout
+from pipelines.words import size
 from schemas.manifest import CorpusReport
+from teacher_dump.corpus import Part
 
 
 def text(report: CorpusReport, store: str, seconds: tuple[float, float] | None) -> str:
@@ -36,6 +40,16 @@ def text(report: CorpusReport, store: str, seconds: tuple[float, float] | None) 
             f"time: {counting:,.1f} s counting, {writing:,.1f} s writing, {rate:,.0f} tokens/s"
         )
     return "\n".join(lines)
+
+
+def too_large(parts: Sequence[Part], most_bytes: int) -> str:
+    """One sentence about parts that hold a job up, the largest first."""
+    others = f", the largest of {len(parts):,}" if len(parts) > 1 else ""
+    return (
+        f"a compressed or Arrow file and a Parquet row group should be under {size(most_bytes)}, "
+        "as one worker reads all of it, again for each shard of its rows, but "
+        f"{parts[0].path} has {size(parts[0].size_bytes)}{others}; decompress it or cut it up."
+    )
 
 
 def _counts(found: dict[str, int]) -> str:

@@ -36,6 +36,8 @@ _COMPRESSED = tuple(
     for compression in COMPRESSIONS
 )
 SUFFIXES = (*_KINDS, *_COMPRESSED)
+# A part that cannot be cut may be so many splits' worth before it is worth a word.
+_MOST_SPLITS = 4
 # Of a split, however small they are: opening a file in a bucket takes a tenth of a second.
 MOST_FILES = 1000
 _FOOTER_THREADS = 16
@@ -107,6 +109,22 @@ def split(files: Sequence[InputFile], config: CorpusConfig, split_bytes: int) ->
         splits[-1].append(part)
         size += part.size_bytes
     return splits
+
+
+def most_part_bytes(split_bytes: int) -> int:
+    """How large a part should be at most."""
+    return _MOST_SPLITS * split_bytes
+
+
+def too_large(splits: Sequence[Sequence[Part]], split_bytes: int) -> list[Part]:
+    """The parts that are larger than they should be, largest first.
+
+    Compressed and Arrow files or row groups of Parquet; a text file is one document anyway.
+    """
+    most = most_part_bytes(split_bytes)
+    found = [part for parts in splits for part in parts if part.size_bytes > most]
+    found = [part for part in found if kind_of(part.path) != "text"]
+    return sorted(found, key=lambda part: (-part.size_bytes, part.path))
 
 
 def _expand(path: str) -> Iterator[tuple[str, int]]:

@@ -317,12 +317,39 @@ def test_an_error_of_a_worker_is_the_users_sentence_alone(world: Path, tmp_path:
         run(world, tmp_path / "s", {"paths": [str(tmp_path / "a")]})
 
 
+@pytest.mark.parametrize(("split_bytes", "is_told"), [(100, True), (10**6, False)])
+def test_a_large_file_that_cannot_be_cut_is_told(
+    world: Path, tmp_path: Path, split_bytes: int, is_told: bool
+) -> None:
+    texts = [random.Random(n).randbytes(n).hex() for n in range(60)]
+    for name in ("cut", "[whole]"):
+        lines(tmp_path / "a" / f"{name}.jsonl", texts)
+    path = tmp_path / "a" / "[whole].jsonl"
+    compressed = gzip.compress(path.read_bytes())
+    path.unlink()
+    for name, some in (("[whole].jsonl.gz", compressed), ("small.jsonl.gz", compressed[:450])):
+        (tmp_path / "a" / name).write_bytes(some)
+    (tmp_path / "a" / "one.txt").write_text("a document " * 500)
+    out = io.StringIO()
+    settings = config(world, tmp_path / "s", {"paths": [str(tmp_path / "a")]})
+    settings = settings.model_copy(update={"split_bytes": split_bytes})
+    tokenize.tokenize(settings, Console(file=out, width=80, soft_wrap=True))
+    sentence = (
+        "tokenize: a compressed or Arrow file and a Parquet row group should be under 400 bytes, "
+        "as one worker reads all of it, again for each shard of its rows, but "
+        f"{tmp_path}/a/[whole].jsonl.gz has {len(compressed) / 1000:.2f} kB, the largest of 2; "
+        "decompress it or cut it up.\n"
+    )
+    assert (sentence in out.getvalue()) == is_told
+    assert ("should be under" in out.getvalue()) == is_told
+
+
 def test_specs_are_small_however_many_files_there_are(world: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for number in range(500):
         (tmp_path / "a" / f"{number}{'x' * 100}.txt").write_text("x")
     settings = config(world, tmp_path / "s", {"paths": [str(tmp_path / "a")]})
-    (spec,) = tokenize_plan.Desk(settings).lay_out()
+    (spec,) = tokenize_plan.Desk(settings).lay_out(tokenize_plan.cut(settings))
     assert len(spec.canonical_json()) < 1024
 
 
