@@ -13,6 +13,9 @@ from logit_store import layout, storage
 from schemas.errors import CorruptStoreError
 from schemas.manifest import Split
 
+RECORD_BYTES = 5
+"""Of a record in its split's index: its tokens and how often it is taken."""
+
 
 @dataclass(frozen=True)
 class Index:
@@ -30,7 +33,7 @@ class Index:
 
     @staticmethod
     def from_bytes(raw: bytes) -> "Index":
-        records = len(raw) // 5
+        records = len(raw) // RECORD_BYTES
         return Index(np.frombuffer(raw, "<u4", records), np.frombuffer(raw[4 * records :], "u1"))
 
     def total_tokens(self) -> int:

@@ -94,9 +94,17 @@ def corpus_files(corpus: Corpus) -> dict[str, str]:
 
 
 def read_report(url: str) -> CorpusReport | None:
-    """What became of the corpus, or None of a store that does not say."""
+    """What became of the corpus, or None of a store that does not say. Raises CorruptStoreError."""
     raw = storage.read_bytes(storage.open_kvstore(url), layout.REPORT_KEY)
-    return None if raw is None else CorpusReport.parse(json.loads(raw), layout.REPORT_KEY)
+    if raw is None:
+        return None
+    try:
+        return CorpusReport.parse(json.loads(raw), layout.REPORT_KEY)
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(
+            f"{layout.REPORT_KEY} of {url} must be a corpus report, but it is not ({error}); run "
+            "`retort tokenize` again, which writes it."
+        ) from error
 
 
 def read_dead_letters(url: str) -> Iterator[DeadLetter]:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from logit_store import layout, manifests, reader, storage
-from logit_store.documents import read_index
+from logit_store.documents import RECORD_BYTES, read_index
 from logit_store.entries import by_position
 from logit_store.ledger import Ledger, summary_bytes
-from schemas.errors import IncompleteStoreError
+from schemas.errors import CorruptStoreError, IncompleteStoreError
 from schemas.manifest import Corpus, Manifest, ShardStatistics, TokensManifest
 
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
@@ -22,8 +22,9 @@ _ROWS_AT_ONCE = 64
 class Summary:
     """A set of targets, or the tokens alone, as its ledger sums it up; sizes are bytes on disk.
 
-    Bytes per token count everything: tokens, targets, metadata and ledger, over the tokens that are
-    not padding.
+    Bytes per token count everything: tokens, targets, documents, dead letters, metadata and ledger,
+    over the tokens that are not padding. Documents and dead letters are None, and not counted,
+    where the corpus report is damaged or of before it said so.
     """
 
     sequences: int
@@ -37,8 +38,20 @@ class Summary:
     mean_entropy_nats: float
     mean_label_logprob_nats: float
     array_bytes: dict[str, int]
+    documents_bytes: int | None
+    dead_letters_bytes: int | None
     metadata_bytes: int
     bytes_per_token: float
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """All bytes that are counted, by array or by what they are; nothing that is empty."""
+        others = {
+            "documents": self.documents_bytes,
+            "dead letters": self.dead_letters_bytes,
+            "metadata, ledger": self.metadata_bytes,
+        }
+        return self.array_bytes | {name: size for name, size in others.items() if size}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +83,8 @@ def summary(url: str, name: str | None) -> Summary:
             size = len(storage.read_bytes(storage.open_kvstore(url), copy) or b"")
             array_bytes[table] = 2 * size
     statistics = found.statistics
+    documents, letters, report = _corpus_bytes(url)
+    metadata += report
 
     def mean(total: float, count: int) -> float:
         return total / count if count else 0.0
@@ -88,9 +103,28 @@ def summary(url: str, name: str | None) -> Summary:
             statistics.label_logprob_sum_nats, statistics.predicted_tokens
         ),
         array_bytes=array_bytes,
+        documents_bytes=documents,
+        dead_letters_bytes=letters,
         metadata_bytes=metadata,
-        bytes_per_token=mean(sum(array_bytes.values()) + metadata, tokens),
+        bytes_per_token=mean(
+            sum(array_bytes.values()) + (documents or 0) + (letters or 0) + metadata, tokens
+        ),
     )
+
+
+def _corpus_bytes(url: str) -> tuple[int | None, int | None, int]:
+    """Bytes of documents, of dead letters and of the report that tells them."""
+    report_bytes = len(storage.read_bytes(storage.open_kvstore(url), layout.REPORT_KEY) or b"")
+    try:
+        report = manifests.read_report(url)
+    except CorruptStoreError:
+        return None, None, report_bytes
+    if report is None:
+        return 0, 0, 0
+    letters = report.dead_letter_bytes
+    if letters is None and not report.dead_letters:
+        letters = 0
+    return report.documents_read * RECORD_BYTES, letters, report_bytes
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from logit_store.documents import RECORD_BYTES
 from pipelines.plan import Plan
 from pipelines.words import duration, giga, pairs, size, title
 
@@ -122,7 +123,11 @@ def _reader(found: Plan) -> list[RenderableType]:
 def _price(found: Plan) -> list[RenderableType]:
     rows = [
         ("keeping it", f"{_dollars(found.price_per_month)} a month"),
-        ("not counted", "requests, network, padding, metadata"),
+        (
+            "not counted",
+            f"requests, network, padding, metadata, documents/ ({RECORD_BYTES} bytes a document), "
+            "dead_letters/",
+        ),
     ]
     return [title("price (predicted)"), pairs(rows)]
 

@@ -247,7 +247,7 @@ def put_together(config: TokenizeConfig, desk: Desk, specs: Sequence[SplitSpec])
     sources: list[SourceFile] = []
     splits: list[Split] = []
     files: dict[str, Callable[[], bytes]] = {}
-    row = 0
+    row = letter_bytes = 0
     for spec, some, index in zip(specs, parts, chosen.indices, strict=True):
         count = counts[spec.index]
         text_bytes = desk.columns(spec)["text_bytes"].astype(np.int64) * index.copies
@@ -271,6 +271,7 @@ def put_together(config: TokenizeConfig, desk: Desk, specs: Sequence[SplitSpec])
         files[layout.documents_key(spec.index)] = index.to_bytes
         letters = desk.letters(spec) if count.listed_dead_letters else None
         if letters is not None:
+            letter_bytes += len(letters)
             files[layout.dead_letters_key(spec.index)] = partial(desk.letters, spec)
         splits.append(
             Split(
@@ -286,7 +287,7 @@ def put_together(config: TokenizeConfig, desk: Desk, specs: Sequence[SplitSpec])
             )
         )
         row += rows
-    report = _report(config, counts, chosen, sources, splits)
+    report = _report(config, counts, chosen, sources, splits, letter_bytes)
     if row == 0:
         raise ConfigError(_nothing(config, report))
     raw = report_bytes(report)
@@ -397,6 +398,7 @@ def _report(
     chosen: selection.Selection,
     sources: Sequence[SourceFile],
     splits: Sequence[Split],
+    letter_bytes: int,
 ) -> CorpusReport:
     letters, masked = Counter[str](), Counter[str]()
     for count in counts:
@@ -414,6 +416,7 @@ def _report(
         dropped=chosen.dropped,
         dead_letters=dict(sorted(letters.items())),
         unlisted_dead_letters=letters.total() - sum(count.listed_dead_letters for count in counts),
+        dead_letter_bytes=letter_bytes or None,
         masked=dict(sorted(masked.items())),
         documents=sum(source.documents for source in sources),
         text_bytes=sum(source.text_bytes for source in sources),

@@ -162,6 +162,11 @@ class CorpusReport(_Sparse):
     dropped: dict[str, int] = Field(description="By the filters, for each reason.")
     dead_letters: dict[str, int] = Field(description="Documents and files, for each reason.")
     unlisted_dead_letters: int = Field(description="Beyond 10,000 of a split: counted only.")
+    dead_letter_bytes: int | None = Field(
+        None,
+        description="Of dead_letters/; absent if there are none, and in stores of before it was "
+        "counted.",
+    )
     masked: dict[str, int] = Field(description="Pieces of personal data, of each kind.")
     documents: int = Field(description="In the store; one that is taken twice counts twice.")
     text_bytes: int

@@ -19,7 +19,7 @@ from logit_store.ledger import Ledger
 from logit_store.repair import repair
 from logit_store.verify import verify
 from pipelines import tokenize, tokenize_plan
-from schemas.errors import ConfigError, ManifestMismatchError
+from schemas.errors import ConfigError, CorruptStoreError, ManifestMismatchError
 from schemas.manifest import CorpusReport
 from schemas.runs import CorpusConfig, TokenizeConfig
 from teacher_dump.tokenizer import Tokenizer
@@ -273,6 +273,35 @@ def test_what_lies_beside_the_sources_is_verified_and_written_again(
     Ledger(str(store), None, manifests.read_manifest(str(store), None)).withdraw([1])
     tokenize.tokenize(settings, QUIET)
     assert digest(store) == whole
+
+
+def test_documents_and_dead_letters_are_in_a_stores_bytes(world: Path, tmp_path: Path) -> None:
+    lines(tmp_path / "a" / "x.jsonl", [f"text {n}" for n in range(40)])
+    for name in ("poison", "z"):
+        (tmp_path / "a" / f"{name}.jsonl").write_bytes(POISON)
+    store = tmp_path / "s"
+    run(world, store, {"paths": [str(tmp_path / "a")]}, split_bytes=300)
+    on_disk = {path: path.stat().st_size for path in store.rglob("*") if path.is_file()}
+    found = statistics.summary(str(store), None)
+    for folder, size in (
+        ("documents", found.documents_bytes),
+        ("dead_letters", found.dead_letters_bytes),
+    ):
+        files = [path for path in on_disk if path.parent.name == folder]
+        assert len(files) > 1
+        assert size == sum(on_disk[path] for path in files)
+    assert sum(found.sizes.values()) == sum(on_disk.values())
+    assert found.bytes_per_token == sum(on_disk.values()) / found.tokens
+    report = json.loads((store / "corpus_report.json").read_text())
+    del report["dead_letter_bytes"]
+    (store / "corpus_report.json").write_text(json.dumps(report))
+    older = statistics.summary(str(store), None)
+    assert (older.documents_bytes, older.dead_letters_bytes) == (found.documents_bytes, None)
+    (store / "corpus_report.json").write_text("{")
+    damaged = statistics.summary(str(store), None)
+    assert (damaged.documents_bytes, damaged.dead_letters_bytes) == (None, None)
+    with pytest.raises(CorruptStoreError, match="run `retort tokenize` again, which writes it"):
+        manifests.read_report(str(store))
 
 
 def test_other_settings_are_refused_by_name(world: Path, tmp_path: Path) -> None:

@@ -404,8 +404,7 @@ def _sizes(found: Summary) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("  array", "bytes", "per token"):
         table.add_column(heading, justify="left" if heading == "  array" else "right")
-    sizes = found.array_bytes | {"metadata, ledger": found.metadata_bytes}
-    for name, size in sizes.items():
+    for name, size in found.sizes.items():
         table.add_row(f"  {name}", f"{size:,}", f"{size / max(found.tokens, 1):.2f}")
     return table
 

@@ -84,10 +84,7 @@ def overview(store: Served, request: Request, stores: Sequence[Served]) -> Conte
     name = chosen(store, request)
     manifest = store.tokens.manifest
     summary = store.summary(name)
-    sizes = sorted(
-        [*summary.array_bytes.items(), ("metadata, ledger", summary.metadata_bytes)],
-        key=lambda item: -item[1],
-    )
+    sizes = sorted(summary.sizes.items(), key=lambda item: -item[1])
     return {
         "name": name,
         "names": store.names(),
