@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 Advance = Callable[[int, str], None]
@@ -56,22 +57,32 @@ class _LeftColumn(ProgressColumn):
         return Text(str(timedelta(seconds=round((task.total - task.completed) / rate))))
 
 
+class _Progress(Progress):
+    """With a task's note on a line of its own, so that both fit a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+
+
 @contextmanager
 def bar(
     console: Console, label: str, total: int | None, unit: str, done: int = 0
 ) -> Iterator[Advance]:
     """A bar (terminal) or a line every 20 seconds (log); yields the function that advances it."""
     if console.is_terminal:
-        with Progress(
+        with _Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            # On a narrow terminal it gives way, and no number is cut.
+            BarColumn(bar_width=24, table_column=Column(no_wrap=False)),
             MofNCompleteColumn(),
             TextColumn(unit),
             _RateColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             _LeftColumn(),
-            TextColumn("{task.fields[note]}"),
             console=console,
         ) as progress:
             task = progress.add_task(label, total=total, completed=done, note="", first=done)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -380,6 +381,19 @@ def test_specs_are_small_however_many_files_there_are(world: Path, tmp_path: Pat
     settings = config(world, tmp_path / "s", {"paths": [str(tmp_path / "a")]})
     (spec,) = tokenize_plan.Desk(settings).lay_out(tokenize_plan.cut(settings))
     assert len(spec.canonical_json()) < 1024
+
+
+def test_tokens_a_second_are_beside_a_bar_whose_numbers_are_whole(
+    world: Path, tmp_path: Path
+) -> None:
+    """On a terminal of 80 columns, while the shards are written."""
+    lines(tmp_path / "a" / "x.jsonl", [f"text {n} of the corpus" for n in range(300)])
+    out = io.StringIO()
+    settings = config(world, tmp_path / "s", {"paths": [str(tmp_path / "a")]})
+    tokenize.tokenize(settings, Console(file=out, force_terminal=True, width=80))
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n")
+    bar = r"tokenize: writing ━+ (\d+)/\1 shards [\d,.]+/s 0:00:\d\d left 0:00:00 *\n"
+    assert re.search(rf"{bar}  [\d,]+ tokens/s\n", said), said[-400:]
 
 
 def test_the_summary_says_it_all(world: Path, tmp_path: Path) -> None:
