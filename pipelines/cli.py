@@ -21,32 +21,40 @@ from schemas.errors import ConfigError, RetortError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_CONTINUES = "interrupted; what was committed is kept, and the same command continues."
+_ONLY_READS = "interrupted; nothing was changed."
+_SERVED = "ended; the stores are as they were."
+
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand: its flags, what it runs, and whether Beam options may follow `--`."""
+    """One subcommand: its flags, what it runs, and whether Beam options may follow `--`.
+
+    `on_interrupt` is what is said after Ctrl-C.
+    """
 
     arguments: type[Document]
     run: Callable[..., int]
     beam_options: bool = False
+    on_interrupt: str = _CONTINUES
 
 
 VERBS: dict[str, Verb] = {
     "quickstart": Verb(verbs.QuickstartConfig, verbs.quickstart),
     "tokenize": Verb(verbs.TokenizeArguments, verbs.tokenize, beam_options=True),
     "dump": Verb(verbs.DumpArguments, verbs.dump, beam_options=True),
-    "inspect": Verb(verbs.InspectArguments, verbs.inspect),
-    "show": Verb(verbs.ShowArguments, verbs.show),
-    "verify": Verb(verbs.VerifyArguments, verbs.verify),
+    "inspect": Verb(verbs.InspectArguments, verbs.inspect, on_interrupt=_ONLY_READS),
+    "show": Verb(verbs.ShowArguments, verbs.show, on_interrupt=_ONLY_READS),
+    "verify": Verb(verbs.VerifyArguments, verbs.verify, on_interrupt=_ONLY_READS),
     "repair": Verb(verbs.RepairArguments, verbs.repair),
-    "diff": Verb(verbs.DiffArguments, verbs.diff),
-    "serve": Verb(verbs.ServeArguments, verbs.serve),
-    "stats": Verb(verbs.StatsArguments, verbs.stats),
+    "diff": Verb(verbs.DiffArguments, verbs.diff, on_interrupt=_ONLY_READS),
+    "serve": Verb(verbs.ServeArguments, verbs.serve, on_interrupt=_SERVED),
+    "stats": Verb(verbs.StatsArguments, verbs.stats, on_interrupt=_ONLY_READS),
     "train": Verb(verbs.TrainArguments, verbs.train),
-    "eval": Verb(verbs.EvalConfig, verbs.evaluate),
+    "eval": Verb(verbs.EvalConfig, verbs.evaluate, on_interrupt=_ONLY_READS),
     "export": Verb(verbs.ExportArguments, verbs.export),
-    "compile": Verb(verbs.CompileArguments, verbs.compile_step),
-    "plan": Verb(verbs.PlanArguments, verbs.plan),
+    "compile": Verb(verbs.CompileArguments, verbs.compile_step, on_interrupt=_ONLY_READS),
+    "plan": Verb(verbs.PlanArguments, verbs.plan, on_interrupt=_ONLY_READS),
 }
 
 
@@ -75,11 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"retort {name}: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print(
-            f"\nretort {name}: interrupted; what was committed is kept, and the same command "
-            "continues.",
-            file=sys.stderr,
-        )
+        print(f"\nretort {name}: {verb.on_interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: nothing is wrong with the run.

@@ -222,6 +222,16 @@ def test_show_lists_candidates_by_weight(capsys, tmp_path, monkeypatch):
     assert "--sequence must be in [0, 5), but it is 5" in err
 
 
+def test_ctrl_c_in_what_only_reads_promises_nothing(capsys, monkeypatch, store):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.verbs, "verify_store", interrupted)
+    status, _, err = run(capsys, "verify", str(store))
+    said = "retort verify: interrupted; nothing was changed."
+    assert (status, err.splitlines()[-1]) == (130, said)
+
+
 def test_terminal_output_fits_80_columns_and_pipes(store):
     command = [sys.executable, "-m", "pipelines.cli"]
     for verb in ("inspect", "stats", "verify"):

@@ -143,9 +143,14 @@ def test_stores_are_called_by_what_tells_them_apart(urls, labels):
 def test_the_command_says_its_address_and_ends_with_ctrl_c(folder):
     """On an address that others can reach, with a token of its own."""
     command = [sys.executable, "-m", "pipelines.cli", "serve", str(folder / "s"), "--port", "0"]
-    with subprocess.Popen([*command, "--host", "0.0.0.0"], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*command, "--host", "0.0.0.0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
-        address = process.stdout.readline().decode().split()[0].replace("0.0.0.0", "127.0.0.1")
+        address = process.stdout.readline().split()[0].replace("0.0.0.0", "127.0.0.1")
         bare, _, token = address.partition("?token=")
         assert len(token) >= 32
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -155,4 +160,6 @@ def test_the_command_says_its_address_and_ends_with_ctrl_c(folder):
             assert answer.status == 200
             assert answer.url == f"{bare}s/0"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "\nretort serve: ended; the stores are as they were.\n"
