@@ -1,10 +1,11 @@
 """`retort tokenize` on 1, 10 and 100 times as much text: CPU time a token and peak memory.
 
 `python -m benchmarks.corpus_cost` cuts Python's own sources into lines, mixes them into documents
-of about 2 kB, and lays the same documents out as files of lines, as one file of lines and as a file
-for each. Each corpus is tokenized in a process of its own, after a small one, so that start-up is
-not in the figures; CPU time is of that process and its threads. `--filters` turns on near-duplicate
-removal, Gopher's rules and masking.
+of about 2 kB (`--document-bytes`), and lays the same documents out as files of lines, as one file
+of lines and as a file for each. Each corpus is tokenized in a process of its own, after a small
+one, so that start-up is not in the figures; CPU time is of that process and its threads, and the
+largest split is by bytes, over their mean. `--filters` turns on near-duplicate removal, Gopher's
+rules and masking.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from schemas.corpus import CorpusConfig
 from schemas.runs import TokenizeConfig
 from teacher_dump import tokenizer as tokenizers
 
-DOCUMENT_BYTES = 2000
+FILES_PER_FOLDER = 1000
 LAYOUTS = ["files of lines", "one file", "a file each"]
 FILTERS = {
     "duplicates": {"exact": True, "near": True},
@@ -35,26 +36,28 @@ FILTERS = {
 }
 
 
-def documents(total_bytes: int, lines: list[str]) -> Iterator[str]:
-    """Texts of about DOCUMENT_BYTES, the same for every layout."""
+def documents(total_bytes: int, document_bytes: int, lines: list[str]) -> Iterator[str]:
+    """Texts of about `document_bytes`, the same for every layout."""
     rng = random.Random(0)
     done = 0
     while done < total_bytes:
         text = ""
-        while len(text) < DOCUMENT_BYTES:
+        while len(text) < document_bytes:
             text += rng.choice(lines) + "\n"
         done += len(text)
         yield text
 
 
-def lay_out(folder: Path, layout: str, total_bytes: int, lines: list[str]) -> None:
+def lay_out(folder: Path, layout: str, texts: Iterator[str]) -> None:
     folder.mkdir()
     if layout == "a file each":
-        for number, text in enumerate(documents(total_bytes, lines)):
-            (folder / f"{number:06d}.txt").write_text(text)
+        for number, text in enumerate(texts):
+            inner = folder / f"{number // FILES_PER_FOLDER:06d}"
+            inner.mkdir(exist_ok=True)
+            (inner / f"{number:07d}.txt").write_text(text)
         return
     per_file = 100 if layout == "files of lines" else 10**9
-    for number, text in enumerate(documents(total_bytes, lines)):
+    for number, text in enumerate(texts):
         with (folder / f"{number // per_file:06d}.jsonl").open("a") as file:
             file.write(json.dumps({"text": text}) + "\n")
 
@@ -72,26 +75,39 @@ def config(folder: Path, corpus: str, filters: bool) -> TokenizeConfig:
 
 def child(folder: Path, corpus: str, filters: bool) -> None:
     """Tokenize one corpus and print what it took."""
-    from logit_store import manifests
+    from logit_store import manifests, reader
 
     quiet = Console(quiet=True)
     warm = config(folder, "warm", filters)
     store = f"{folder}/stores/warm-{time.time_ns()}"
     tokenize.tokenize(warm.model_copy(update={"store": store}), quiet)
     wanted = config(folder, corpus, filters)
-    start = time.process_time()
+    began, start = time.monotonic(), time.process_time()
     tokenize.tokenize(wanted, quiet)
-    seconds = time.process_time() - start
+    seconds, elapsed = time.process_time() - start, time.monotonic() - began
     report = manifests.read_report(wanted.store)
     assert report is not None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak, "report": report.model_dump()}))
+    whole = manifests.read_corpus(wanted.store, reader.TokensReader(wanted.store).manifest)
+    sizes = [
+        sum(source.size_bytes for source in whole.sources[split.first_file : split.stop_file])
+        for split in whole.splits
+    ]
+    found = {
+        "seconds": seconds,
+        "elapsed": elapsed,
+        "peak_mib": peak,
+        "largest": max(sizes) * len(sizes) / sum(sizes),
+        "report": report.model_dump(),
+    }
+    print(json.dumps(found))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=1_000_000, help="Of the smallest corpus.")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--document-bytes", type=int, default=2000)
     parser.add_argument("--filters", action="store_true")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -101,16 +117,19 @@ def main() -> None:
         return
     library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     lines = [line for path in library for line in path.read_text().splitlines() if line.strip()]
-    print("| corpus | times | tokens | splits | CPU time a token | peak memory |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        "| corpus | files | tokens | splits, largest | elapsed | CPU time a token | peak memory |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for layout in arguments.layouts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tokenizers.train(lines, folder / "tokenizer.model", vocab_size=4096)
-            lay_out(folder / "warm", layout, 50_000, lines)
+            lay_out(folder / "warm", layout, documents(50_000, arguments.document_bytes, lines))
             first = None
             for times in arguments.times:
-                lay_out(folder / str(times), layout, times * arguments.bytes, lines)
+                texts = documents(times * arguments.bytes, arguments.document_bytes, lines)
+                lay_out(folder / str(times), layout, texts)
                 command = [sys.executable, "-m", "benchmarks.corpus_cost"]
                 command += ["--child", name, str(times)] + ["--filters"] * arguments.filters
                 found = json.loads(subprocess.check_output(command).splitlines()[-1])
@@ -118,7 +137,8 @@ def main() -> None:
                 cost = found["seconds"] / report["tokens"]
                 first = first or (cost, found["peak_mib"])
                 print(
-                    f"| {layout} | {times} | {report['tokens']:,} | {report['splits']} "
+                    f"| {layout} | {report['files']:,} | {report['tokens']:,} "
+                    f"| {report['splits']:,}, {found['largest']:.2f} | {found['elapsed']:,.0f} s "
                     f"| {cost * 1e6:.2f} µs, {cost / first[0]:.2f} | {found['peak_mib']:,.0f} MiB, "
                     f"{found['peak_mib'] / first[1]:.2f} |",
                     flush=True,
