@@ -112,6 +112,8 @@ def audit(url: str, name: str, teacher: Teacher, rows: int, seed: int) -> Audit:
         found += _audit_batch(targets, teacher, np.sort(chosen[start : start + size]))
     # That others come out the same to the bit says that this hardware repeats what was stored.
     repeats = 2 * sum(row.changed == 0 for row in found) >= len(found)
+    if repeats:
+        found = [_among_its_own(targets, teacher, row) for row in found]
     return Audit(
         targets=name,
         teacher=teacher.info.name,
@@ -274,6 +276,24 @@ def _changed(manifest: TargetsManifest, one: TargetBatch, other: TargetBatch, i:
 def _mean_error(one: np.ndarray, other: np.ndarray, i: int, mask: np.ndarray) -> float:
     """Mean difference of row i's numbers; both were rounded by the same random numbers."""
     return float(np.abs(one[i][mask] - other[i][mask]).mean()) if mask.any() else 0.0
+
+
+def _among_its_own(targets: TargetsReader, teacher: Teacher, row: RowAudit) -> RowAudit:
+    """A changed row, if it comes out the same in the batch in which it was dumped: as unchanged.
+
+    Kernels exist whose sums depend on where in a batch a row is, and on what lies beside it.
+    """
+    if row.changed == 0:
+        return row
+    size, per_shard = targets.manifest.batch_sequences, targets.manifest.shard_sequences
+    first = row.shard * per_shard
+    start = row.row - (row.row - first) % size
+    stop = min(start + size, first + per_shard, targets.manifest.num_sequences)
+    rows = np.arange(start, stop)
+    stored = targets.rows(rows)
+    fresh = _compute(targets, teacher, stored, rows, size)
+    is_same = _changed(targets.manifest, stored, fresh, row.row - start) == 0
+    return replace(row, changed=0) if is_same else row
 
 
 def _is_steady(targets: TargetsReader, teacher: Teacher, row: RowAudit) -> bool:

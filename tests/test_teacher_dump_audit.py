@@ -17,7 +17,7 @@ from pipelines import cli, dump, tokenize
 from schemas.runs import CorpusConfig, DumpConfig, SamplerConfig
 from teacher_dump import audit as audits
 from teacher_dump.audit import audit
-from teacher_dump.teacher import Gemma2Teacher
+from teacher_dump.teacher import Gemma2Teacher, RowCandidates
 
 QUIET = Console(quiet=True)
 VOCAB = 512
@@ -87,6 +87,36 @@ def test_the_mass_that_was_captured_is_that_of_the_teacher(world: Path) -> None:
     assert 0.1 < found.mean("stored_mass") < 0.9
     assert found.mean("fresh_mass") == pytest.approx(found.mean("stored_mass"), abs=1e-4)
     assert abs(found.mean("kl")) < 1e-4
+
+
+class Sociable(Gemma2Teacher):
+    """Gives some rows, of a batch that is not one of the dump's, other numbers in it."""
+
+    always: tuple[int, ...] = ()
+    """Rows that get other numbers in any batch."""
+
+    def begin(self, tokens, segment_ids, rows, spec, seed):
+        wait = super().begin(tokens, segment_ids, rows, spec, seed)
+
+        def other() -> RowCandidates:
+            found = wait()
+            is_dumped = rows[0] % len(rows) == 0 and (np.diff(rows) <= 1).all()
+            changed = np.isin(rows, self.always) | ((rows % 3 == 0) & (not is_dumped))
+            entropy = found.teacher_entropy + 0.5 * changed[:, None]
+            return found._replace(teacher_entropy=entropy.astype(np.float32))
+
+        return other
+
+
+def test_a_row_is_judged_among_those_it_was_dumped_with(world: Path) -> None:
+    teacher = Sociable.load(world / "loud5", "float32", VOCAB)
+    found = audit(str(world / "store"), "default", teacher, rows=9, seed=3)
+    assert any(row.row % 3 == 0 for row in found.rows)
+    assert (found.ok, found.identical) == (True, 9)
+    teacher.always = (found.rows[2].row,)
+    again = audit(str(world / "store"), "default", teacher, rows=9, seed=3)
+    assert [row.row for row in again.rows if row.fault] == [found.rows[2].row]
+    assert again.identical == 8
 
 
 def test_other_arithmetic_agrees_without_being_the_same(world: Path) -> None:
