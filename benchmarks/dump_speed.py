@@ -43,6 +43,8 @@ from schemas.manifest import (
 )
 from schemas.model import ModelConfig
 from schemas.runs import DumpConfig
+from teacher_dump import compiled
+from teacher_dump.compiled import step
 from teacher_dump.teacher import Gemma2Teacher, share, tile_tokens
 
 LENGTH, VOCAB = 8192, 256_000
@@ -86,7 +88,7 @@ def seconds_of(run: Callable[[], Any], times: int) -> float:
     return statistics.median(took[1:])
 
 
-@partial(jax.jit, static_argnames=("config", "execution"))
+@step("config", "execution")
 def forward(
     params: Any, tokens: jax.Array, segments: jax.Array, *, config: Any, execution: Execution
 ) -> jax.Array:
@@ -253,8 +255,13 @@ def main() -> None:
     parser.add_argument("--shard-rows", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--no-dump", dest="dump", action="store_false")
+    parser.add_argument(
+        "--autotune", action="store_true", help="Let XLA time kernels, as a dump does not."
+    )
     options = parser.parse_args()
     print(f"{jax.devices()}, jax {jax.__version__}", flush=True)
+    if options.autotune:
+        compiled.ON_GPU.clear()
     for dtype in options.dtypes:
         print(f"{options.model}, {dtype}, batches of {options.batch} x {LENGTH}", flush=True)
         measure(presets.resolve(options.model), dtype, options)

@@ -196,7 +196,7 @@ def _teacher_step(config: CompileConfig, model: ModelConfig, execution: Executio
     )
     rows = (config.sequences_per_group, config.sequence_tokens)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return teacher.candidates_step.trace(
+    return teacher.candidates_step.jitted("tpu").trace(
         params,
         array(rows, jnp.int32),
         array(rows, jnp.int32),

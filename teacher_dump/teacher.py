@@ -26,6 +26,7 @@ from schemas.errors import ConfigError
 from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
 from schemas.model import ModelConfig
 from teacher_dump import samplers
+from teacher_dump.compiled import step
 from teacher_dump.samplers import CHUNK, Candidates, Draft, Tile
 
 _TILE_TOKENS = 1024
@@ -321,7 +322,7 @@ def score_tile(
     return tile, entropy, scores
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "spec", "vocab_size", "execution"))
+@step("config", "dtype", "spec", "vocab_size", "execution")
 def candidates_step(
     params: Params,
     tokens: Array,
@@ -400,9 +401,7 @@ def sample_rows(
     )
 
 
-@partial(
-    jax.jit, static_argnames=("config", "dtype", "name", "temperature", "vocab_size", "execution")
-)
+@step("config", "dtype", "name", "temperature", "vocab_size", "execution")
 def _expected_entries(
     params: Params,
     tokens: Array,
@@ -435,7 +434,7 @@ def _expected_entries(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "temperature", "vocab_size", "execution"))
+@step("config", "dtype", "temperature", "vocab_size", "execution")
 def _log_probabilities(
     params: Params,
     tokens: Array,

@@ -11,7 +11,6 @@ are read from safetensors alone.
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +23,7 @@ from logit_store.layout import predicted_mask
 from schemas.errors import CheckpointError, ConfigError, MissingDependencyError
 from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
 from teacher_dump import samplers
+from teacher_dump.compiled import step
 from teacher_dump.samplers import CHUNK, Draft, Tile
 from teacher_dump.teacher import (
     RowCandidates,
@@ -390,7 +390,7 @@ def _to_jax(x: Any) -> Array:
     return jnp.from_dlpack(x.contiguous())
 
 
-@jax.jit
+@step()
 def _sampled_rows(table: Array, columns: Array) -> Array:
     return table[columns]
 
@@ -405,7 +405,7 @@ def _tile(
     return tile, entropy, scores
 
 
-@partial(jax.jit, static_argnames=("spec", "vocab_size"))
+@step("spec", "vocab_size")
 def _sample(
     scores: Array,
     columns: Array,
@@ -423,14 +423,14 @@ def _sample(
     return draft, entropy, label_log_probability(tile, scores, labels)
 
 
-@jax.jit
+@step()
 def _settle(found: list[tuple[Draft, Array, Array]]) -> tuple[samplers.Candidates, Array, Array]:
     """Of all tiles together, arrays [tiles, ...]."""
     drafts, entropy, label = jax.tree.map(lambda *x: jnp.stack(x), *found)
     return samplers.settle(drafts), entropy, label
 
 
-@partial(jax.jit, static_argnames=("name", "temperature", "vocab_size"))
+@step("name", "temperature", "vocab_size")
 def _expected_entries(
     scores: Array,
     columns: Array,
@@ -445,7 +445,7 @@ def _expected_entries(
     return samplers.expected_entries(name, tile, points)
 
 
-@partial(jax.jit, static_argnames=("temperature", "vocab_size"))
+@step("temperature", "vocab_size")
 def _look_up(
     scores: Array,
     columns: Array,

@@ -378,11 +378,11 @@ def test_half_points_that_always_go_to_the_first_are_noticed(
         return settle(draft._replace(balance=draft.balance._replace(flip=never)))
 
     monkeypatch.setattr(samplers, "settle", without_flips)
-    teachers.candidates_step.clear_cache()
+    teachers.candidates_step.jitted("cpu").clear_cache()
     try:
         scores = bias_scores(decoded(setting, "systematic"), setting.p, 12)
     finally:
-        teachers.candidates_step.clear_cache()
+        teachers.candidates_step.jitted("cpu").clear_cache()
     assert scores["each entry"] > 20, scores
 
 
