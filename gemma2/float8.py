@@ -35,7 +35,7 @@ def quantize(kernel: Array) -> Float8:
 
 
 def product(x: Array, kernel: Float8) -> Array:
-    """x [n, inputs] times the matrix, [n, outputs] in x's dtype; sums are float32."""
+    """x [n, inputs] times the matrix, [n, outputs] in x's dtype, to which sums are rounded."""
     wide = x.astype(jnp.float32)
     scale = _scale(wide, axis=-1)
     sums = lax.dot_general(

@@ -410,6 +410,8 @@ def test_a_teacher_of_transformers_dumps_too(world, tmp_path, capsys):
     manifest = manifests.read_manifest(str(store), "llama")
     assert (manifest.teacher.backend, manifest.teacher.name) == ("transformers", "llama")
     assert verify(str(store)).ok
+    with pytest.raises(ConfigError, match="dtype float8 is for Gemma 2 teachers in JAX"):
+        dump.dump(asked.model_copy(update={"dtype": "float8"}), QUIET)
     before = digest(store)
     Ledger(str(store), "llama", manifest).withdraw([1])
     assert "1 shards computed" in dump.dump(asked, QUIET)
@@ -425,6 +427,23 @@ def test_a_teacher_of_transformers_dumps_too(world, tmp_path, capsys):
     assert said.startswith("retort dump: A teacher must have the store's tokenizer, but")
     assert tokenizers.Tokenizer.load(world / "tokenizer.model").info.sha256 in said
     assert hashlib.sha256(b"another").hexdigest() in said
+
+
+def test_a_dump_in_float8_is_another_set(world, tmp_path):
+    store = tmp_path / "store"
+    tokenize.tokenize(tokenize_config(world, store), QUIET)
+    sampler = SamplerConfig(name="multinomial", points=4, entries_per_token=4, block_tokens=32)
+    asked = dump_config(world, store, sampler=sampler, dtype="float8")
+    dump.dump(asked, QUIET)
+    manifest = manifests.read_manifest(str(store), "default")
+    assert manifest.dtype == "float8"
+    assert verify(str(store)).ok
+    before = digest(store)
+    Ledger(str(store), "default", manifest).withdraw([1])
+    assert "1 shards computed" in dump.dump(asked, QUIET)
+    assert digest(store) == before
+    with pytest.raises(ManifestMismatchError, match="dtype is float8 there and bfloat16 here"):
+        dump.dump(asked.model_copy(update={"dtype": "bfloat16"}), QUIET)
 
 
 def test_points_follow_from_the_curve_of_expected_entries():

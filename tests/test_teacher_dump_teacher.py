@@ -361,6 +361,25 @@ def test_expected_entries_are_those_of_all_rows(
     assert nothing.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_a_teacher_in_float8_is_much_the_same_on_devices_that_share_it(
+    tmp_path: Path, tokens: np.ndarray, segment_ids: np.ndarray
+) -> None:
+    """But for sums of parts, which are bfloat16; near the one in bfloat16, and not it."""
+    model = MODEL.model_copy(update={"d_model": 32, "num_kv_heads": 2, "mlp_width": 48})
+    params = init_params(model, jax.random.key(3))
+    params["final_norm"]["weight"] = params["final_norm"]["weight"] + 6.0
+    checkpoint.save(tmp_path / "model", model, params)
+
+    def entropy(dtype: str, devices: int) -> np.ndarray:
+        teacher = Gemma2Teacher.load(tmp_path / "model", dtype, VOCAB, devices)
+        return propose(teacher, tokens, segment_ids).teacher_entropy
+
+    alone, shared, wide = entropy("float8", 1), entropy("float8", 2), entropy("bfloat16", 1)
+    assert wide.std() > 0.1
+    assert 0.01 < np.abs(alone - wide).mean() < 0.2
+    assert np.abs(shared - alone).mean() < 0.4 * np.abs(alone - wide).mean()
+
+
 def test_devices_that_share_a_teacher_find_what_one_finds(
     tmp_path: Path,
     tokens: np.ndarray,
