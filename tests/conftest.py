@@ -18,6 +18,29 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A process takes a file at a time, in this order: the longest ones first, so that all end together.
+LONGEST = (
+    "test_pipelines_dump.py",
+    "test_student_train_multihost.py",
+    "test_student_train_mesh.py",
+    "test_pipelines_engines.py",
+    "test_pipelines_compile.py",
+    "test_student_train_loop.py",
+    "test_teacher_dump_unbiased.py",
+    "test_student_train_resume.py",
+    "test_gemma2_flash.py",
+    "test_logit_store_machine.py",
+    "test_student_train_guarded.py",
+    "test_teacher_dump_transformers.py",
+    "test_student_train_step.py",
+    "test_teacher_dump_teacher.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
 
 def _with_options(options: dict[str, Any]) -> Iterator[None]:
     """JAX has these meanwhile, here and in the processes that a test starts."""
