@@ -26,11 +26,18 @@ def environment(compiled: Path, devices: int = 1) -> dict[str, str]:
 
 
 def start(
-    config: Path, delay_seconds: float = 0, *, devices: int = 1, **variables: str
+    config: Path,
+    delay_seconds: float = 0,
+    *,
+    devices: int = 1,
+    compiled: Path | None = None,
+    **variables: str,
 ) -> "subprocess.Popen[str]":
+    """Programs are kept in `compiled`, by default beside the config."""
+    compiled = compiled or config.parent / "compiled"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(config), str(delay_seconds)],
-        env=environment(config.parent / "compiled", devices) | variables,
+        env=environment(compiled, devices) | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,7 +45,11 @@ def start(
 
 
 def start_several(
-    configs: list[Path], *, devices: int, delay_seconds: float = 0
+    configs: list[Path],
+    *,
+    devices: int,
+    delay_seconds: float = 0,
+    compiled: Path | None = None,
 ) -> "list[subprocess.Popen[str]]":
     """The processes of one run, with a config and `devices` each."""
     with socket.socket() as probe:
@@ -49,6 +60,7 @@ def start_several(
             config,
             delay_seconds,
             devices=devices,
+            compiled=compiled,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(len(configs)),
             JAX_PROCESS_ID=str(index),

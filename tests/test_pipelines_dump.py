@@ -29,6 +29,7 @@ from schemas.runs import CorpusConfig, SamplerConfig
 from teacher_dump import tokenizer as tokenizers
 
 QUIET = Console(quiet=True)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(world, tmp_path_factory) -> Path:
+def whole(world, tmp_path_factory, compile_once) -> Path:
     """A store that was made without interruption."""
     store = tmp_path_factory.mktemp("whole") / "store"
     tokenize.tokenize(tokenize_config(world, store), QUIET)
@@ -160,7 +161,7 @@ def test_a_second_run_reuses_everything(world, whole):
     assert digest(whole) == before
 
 
-def start(world: Path, store: Path) -> subprocess.Popen[bytes]:
+def start(world: Path, store: Path, compiled: Path) -> subprocess.Popen[bytes]:
     """The two jobs in a process of their own, by the command line."""
     t, d = tokenize_config(world, store), dump_config(world, store)
     code = (
@@ -168,7 +169,7 @@ def start(world: Path, store: Path) -> subprocess.Popen[bytes]:
         f"assert main({['tokenize', *flags(t)]!r}) == 0\n"
         f"assert main({['dump', *flags(d)]!r}) == 0\n"
     )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,
@@ -177,14 +178,16 @@ def start(world: Path, store: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, tmp_path):
+def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, compiled, tmp_path):
     """SIGKILL at random moments, locks and half-written files left as they are, then run again."""
     rng = random.Random(int(os.environ.get("RETORT_KILL_SEED", "0")))
     store = tmp_path / "store"
+    # A copy, as a program may be half-written too.
+    programs = shutil.copytree(compiled, tmp_path / "compiled")
     kills = 0
     progress = set()
     for _ in range(6):
-        with start(world, store) as process:
+        with start(world, store, programs) as process:
             # Most of the time is start-up; aim at the work, which the store's growth shows.
             deadline = time.monotonic() + 60
             size = len(list(store.rglob("*")))
@@ -200,7 +203,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, tmp_path):
         progress.add(len(list(store.rglob("*"))))
     assert kills >= 3
     assert len(progress) >= 2, "every kill came before any work was done"
-    final = start(world, store)
+    final = start(world, store, programs)
     output, _ = final.communicate(timeout=300)
     assert final.returncode == 0, output.decode()
     assert digest(store) == digest(whole)
@@ -210,7 +213,8 @@ def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_
     store = tmp_path / "store"
     tokenize.tokenize(tokenize_config(world, store), QUIET)
     command = [sys.executable, "-m", "pipelines.cli", "dump", *flags(dump_config(world, store))]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    # Not with a program that was kept: processes that compile for themselves write the same bytes.
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

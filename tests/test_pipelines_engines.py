@@ -23,6 +23,7 @@ from schemas.runs import CorpusConfig
 QUIET = Console(quiet=True)
 WORKERS = 3
 LONGEST_START_SECONDS = 120
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory, compile_once: None) -> Path:
     return write(world, tmp_path_factory.mktemp("whole") / "store", [])
 
 
@@ -44,7 +45,7 @@ def write(world: Path, store: Path, options: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def scheduler(tmp_path_factory: pytest.TempPathFactory, compile_once: None) -> Iterator[str]:
     """The address of a Dask scheduler that has three workers, each a process of its own."""
     folder = tmp_path_factory.mktemp("dask")
     file = folder / "scheduler.json"

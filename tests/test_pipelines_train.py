@@ -18,7 +18,7 @@ from student_train import mesh as meshes
 from student_train.guard import HISTORY
 from student_train.report import TrainEvent
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once", "compile_quickly")
 
 
 @pytest.fixture(scope="module")

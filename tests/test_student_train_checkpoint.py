@@ -23,6 +23,7 @@ from student_train.loop import TrainResult, train
 
 ONE = jax.devices()[:1]
 RUN = RunIdentity(tokens="t", targets=None, rows=3, model=ModelConfig(**MODEL), settings={"a": 1})
+pytestmark = pytest.mark.usefixtures("compile_once", "compile_quickly")
 
 
 class MoreState(NamedTuple):

@@ -28,7 +28,7 @@ from student_train.throughput import NO_RATES
 
 ONE = jax.devices()[:1]
 STEPS = 12
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once", "compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from student_train.loop import TrainEvent, TrainResult, train
 ONE = jax.devices()[:1]
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once", "compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ MESHES = {"one": (MeshConfig(), 1), "model alone": (MeshConfig(model=2), 2)} | {
 }
 FSDP, MODEL_AXIS = "replica 1 fsdp 8 model 1", "replica 1 fsdp 1 model 8"
 MIXED = "replica 2 fsdp 2 model 2"
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,11 @@ def test_what_four_processes_saved_is_restored_on_any_devices(folder: Path, devi
     assert np.count_nonzero(moments) > moments.size / 2
 
 
-def test_processes_stop_at_one_step_for_a_shard_that_one_cannot_read(tmp_path: Path) -> None:
+def test_processes_stop_at_one_step_for_a_shard_that_one_cannot_read(
+    folder: Path, tmp_path: Path
+) -> None:
+    """With the programs that the two processes of `folder` compiled."""
+    shape: Any = {"devices": DEVICES // 2, "compiled": folder / "compiled"}
     store = make_store(tmp_path / "store", rows=ROWS, shard_sequences=2)
     config = write_config(tmp_path, "out", checkpoint_every=100)
     order = row_order(StoreSource(str(store), "default"), 0)
@@ -121,7 +125,7 @@ def test_processes_stop_at_one_step_for_a_shard_that_one_cannot_read(tmp_path: P
     (lost,) = (store / "targets/default/entry_bucket/c").glob(f"{shard}/*")
     kept = lost.read_bytes()
     lost.unlink()
-    said = finish(start_several([config] * 2, devices=2), status=2)
+    said = finish(start_several([config] * 2, **shape), status=2)
     reader = place * 2 // BATCH
     assert f"entry_bucket in shards [{shard}]" in said[reader][1]
     assert f"Process {reader}: Stored bytes" in said[1 - reader][1]
@@ -129,7 +133,7 @@ def test_processes_stop_at_one_step_for_a_shard_that_one_cannot_read(tmp_path: P
         assert f"saved at step {step}" in errors
     assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, step + 1))
     lost.write_bytes(kept)
-    for output, _ in finish(start_several([config] * 2, devices=2)):
+    for output, _ in finish(start_several([config] * 2, **shape)):
         assert f"resumed_from={step}" in output
 
 

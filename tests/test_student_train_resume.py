@@ -1,46 +1,18 @@
 """A run that is killed again and again ends as one that never was, to the last bit."""
 
-import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from student_processes import records, start
 from student_store import make_store, small_config
 
-from student_train.metrics import METRICS_FILE
 from student_train.throughput import NO_RATES
 
-SCRIPT = Path(__file__).parent / "student_run.py"
 STEPS = 45
-
-
-def start(config: Path, delay_seconds: float) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[1])}
-    environment.pop("XLA_FLAGS", None)
-    # Each part of a run compiles the same programs; the first one's are kept for the others.
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(config.parent / "compiled")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(config), str(delay_seconds)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    path = out / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def steps_done(out: Path) -> int:
@@ -68,7 +40,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
         )
         paths[name] = tmp_path / f"{name}.json"
         paths[name].write_text(config.model_dump_json())
-    whole = start(paths["whole"], 0)
+    whole = start(paths["whole"])
 
     out = tmp_path / "killed"
     kills = [
@@ -86,7 +58,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
             stopped_at = steps_done(out)
             assert (out / "checkpoints" / str(stopped_at)).is_dir()
             assert stopped_at < STEPS
-    process = start(paths["killed"], 0)
+    process = start(paths["killed"])
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert int(output.split("resumed_from=")[1].split()[0]) >= 28

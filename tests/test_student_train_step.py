@@ -45,6 +45,7 @@ CONFIG = TrainConfig(
 ALPHA = np.float32(0.7)
 # Of 32 tokens a row: one micro-batch of padding alone, one nearly so, and two that are full.
 LENGTHS = [0, 0, 2, 3, 32, 32, 31, 32]
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
