@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Overlap:
-    """Runs tasks, `most` of them at once; an error of one is raised when the next is added.
+    """Runs tasks, `most` of them at once; an error of one is raised by a later `add`, or by `join`.
 
     Threads do not hold up the end of the process: what they commit, they commit whole.
     """
