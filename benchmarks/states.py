@@ -26,7 +26,7 @@ from schemas.manifest import (
 )
 from schemas.model import ModelConfig
 from teacher_dump import teacher as teachers
-from teacher_dump.targets import compute_rows
+from teacher_dump.targets import begin_rows
 from teacher_dump.teacher import Teacher
 from teacher_dump.vocabulary import similarity_order
 
@@ -172,7 +172,7 @@ def write_store(
         ledger = Ledger(url, name, manifest)
         for shard in ledger.pending():
             rows = np.arange(shard.first_row, shard.stop_row)
-            found = compute_rows(
+            found = begin_rows(
                 by,
                 tables.vocabulary,
                 states.tokens[rows],
@@ -181,7 +181,7 @@ def write_store(
                 spec=spec,
                 seed=seed,
                 batch_sequences=1,
-            )
+            )()
             target_writer.write(shard, states.tokens[rows], states.segment_ids[rows], found)
         ledger.compact()
         storage.sweep_locks(url)

@@ -15,7 +15,7 @@ from logit_store.layout import predicted_mask
 from logit_store.reader import TargetBatch, TargetsReader, read_table
 from logit_store.rows import decode_entries
 from schemas.manifest import TargetsManifest
-from teacher_dump.targets import compute_rows
+from teacher_dump.targets import begin_rows
 from teacher_dump.teacher import Teacher
 
 # Nats that a row's means may be off whatever the control says, without their sign and as a KL: a
@@ -174,7 +174,7 @@ def _compute(
     """The rows' targets anew, in batches of `size`; of another than the set's, in reverse."""
     manifest = targets.manifest
     order = slice(None) if size == manifest.batch_sequences else slice(None, None, -1)
-    found = compute_rows(
+    wait = begin_rows(
         teacher,
         targets.vocabulary,
         stored.tokens[order],
@@ -183,7 +183,8 @@ def _compute(
         spec=manifest.sampler,
         seed=manifest.seed,
         batch_sequences=size,
-    ).part(order)
+    )
+    found = wait().part(order)
     entries = decode_entries(manifest, targets.vocabulary, stored.segment_ids, found)
     return TargetBatch(
         tokens=stored.tokens,

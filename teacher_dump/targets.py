@@ -26,35 +26,6 @@ _BATCHES_AT_ONCE = 3
 _THINNING_STEPS = 64
 
 
-def compute_rows(
-    teacher: Teacher,
-    vocabulary: Vocabulary,
-    tokens: np.ndarray,
-    segment_ids: np.ndarray,
-    rows: np.ndarray,
-    *,
-    spec: SamplerSpec,
-    seed: int,
-    batch_sequences: int,
-) -> TargetRows:
-    """Targets of tokens and segment ids [R, L], which are the store's `rows` [R].
-
-    The teacher always gets `batch_sequences` rows, the last batch padded, so that one program is
-    compiled and results do not depend on how many rows are asked for. Raises BudgetError if the
-    sampler's entries do not fit a block.
-    """
-    return begin_rows(
-        teacher,
-        vocabulary,
-        tokens,
-        segment_ids,
-        rows,
-        spec=spec,
-        seed=seed,
-        batch_sequences=batch_sequences,
-    )()
-
-
 def begin_rows(
     teacher: Teacher,
     vocabulary: Vocabulary,
@@ -66,9 +37,14 @@ def begin_rows(
     seed: int,
     batch_sequences: int,
 ) -> Callable[[], TargetRows]:
-    """The same, returning when the teacher has been handed all rows: what is returned waits.
+    """Targets of tokens and segment ids [R, L], which are the store's `rows` [R].
 
-    From then on the teacher may be handed other rows, in another order of ids too.
+    Returns when the teacher has been handed all rows: what is returned waits for them. From then on
+    the teacher may be handed other rows, in another order of ids too.
+
+    The teacher always gets `batch_sequences` rows, the last batch padded, so that one program is
+    compiled and results do not depend on how many rows are asked for. Raises BudgetError, here or
+    when waited for, if the sampler's entries do not fit a block.
     """
     samplers.check(spec, teacher.info.vocab_size)
     pool = ThreadPoolExecutor(_BATCHES_AT_ONCE, thread_name_prefix="settle")

@@ -20,7 +20,7 @@ from schemas.errors import BudgetError, ConfigError
 from schemas.manifest import MOST_POINTS, SamplerSpec
 from schemas.model import ModelConfig
 from teacher_dump import teacher as teachers
-from teacher_dump.targets import compute_rows
+from teacher_dump.targets import begin_rows
 from teacher_dump.teacher import Gemma2Teacher, RowCandidates
 
 ROWS, LENGTH, BLOCK = 5, 32, 8
@@ -93,7 +93,7 @@ def compute(
     }
     settings |= other
     tables = vocabulary(teacher.info.vocab_size)
-    return compute_rows(teacher, tables, tokens, segments, settings.pop("rows"), **settings)
+    return begin_rows(teacher, tables, tokens, segments, settings.pop("rows"), **settings)()
 
 
 def propose(

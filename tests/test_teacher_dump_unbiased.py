@@ -136,7 +136,7 @@ def spec_of(name: str) -> SamplerSpec:
 
 def stored_rows(setting: Setting, spec: SamplerSpec, rows: int = ROWS) -> TargetRows:
     tokens, segment_ids = setting.repeated()
-    return targets.compute_rows(
+    return targets.begin_rows(
         setting.teacher,
         setting.vocabulary,
         tokens[:rows],
@@ -145,7 +145,7 @@ def stored_rows(setting: Setting, spec: SamplerSpec, rows: int = ROWS) -> Target
         spec=spec,
         seed=SEED,
         batch_sequences=min(BATCH, rows),
-    )
+    )()
 
 
 @dataclass(frozen=True)
