@@ -48,7 +48,7 @@ def main() -> None:
     params, config, vocab = small.params, small.config, small.info.vocab_size
     where = slice(2048, 2048 + TOKENS)
     predicted = states.predicted[0, where]
-    tile, _, scores = teacher.score_tile(
+    tile, _ = teacher.score_tile(
         params,
         config,
         states.hidden[0, where],
@@ -56,7 +56,7 @@ def main() -> None:
         arguments.temperature,
         vocab,
     )
-    p = np.asarray(jnp.exp(scores - tile.log_total[:, None]), np.float64)[:, :vocab]
+    p = np.asarray(jnp.exp(tile.scores() - tile.log_total[:, None]), np.float64)[:, :vocab]
     p[~predicted] = 0.0
     common = np.zeros(vocab, bool)
     common[np.argsort(-states.counts, kind="stable")[:1000]] = True

@@ -117,10 +117,8 @@ def exact_rows(
 
     @jax.jit
     def one_tile(hidden: Any, predicted: Any, labels: Any, keys: Any) -> Any:
-        tile, entropy, scores = teacher.score_tile(
-            params, config, hidden, predicted, temperature, vocab
-        )
-        p = jnp.exp(scores - tile.log_total[:, None])[:, :vocab]
+        tile, entropy = teacher.score_tile(params, config, hidden, predicted, temperature, vocab)
+        p = jnp.exp(tile.scores() - tile.log_total[:, None])[:, :vocab]
         p = jnp.where(predicted[:, None], p, 0.0)
         found = []
         for case, key in zip(todo, keys, strict=True):
@@ -129,9 +127,8 @@ def exact_rows(
                 lambda x: x[0], samplers.settle(jax.tree.map(lambda x: x[None], draft))
             )
             found.append((*c, p[c.position, c.id]))
-        label = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0] - tile.log_total
         means = [jnp.matmul(p, table) for table in tables]
-        label = jnp.where(predicted, jnp.minimum(label, 0.0), 0.0)
+        label = teacher.label_log_probability(tile, labels)
         return jnp.sum(p * p, axis=1), means, entropy, label, found
 
     rows = {}

@@ -65,11 +65,12 @@ def main() -> None:
 
     @jax.jit
     def one_tile(hidden: jax.Array, predicted: jax.Array) -> tuple[jax.Array, ...]:
-        tile, _, scores = teacher.score_tile(
+        tile, _ = teacher.score_tile(
             small.params, small.config, hidden, predicted, arguments.temperature,
             small.info.vocab_size,
         )  # fmt: skip
-        p = jnp.where(predicted[:, None], jnp.exp(scores - tile.log_total[:, None]), 0.0)
+        p = jnp.exp(tile.scores() - tile.log_total[:, None])
+        p = jnp.where(predicted[:, None], p, 0.0)
         tails = [jnp.where(p < t, p, 0.0) for t in thresholds]
         mass = jnp.stack([jnp.sum(tail, axis=1) for tail in tails])
         return p, mass, jnp.stack([jnp.sum(tail * tail, axis=1) for tail in tails])

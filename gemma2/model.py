@@ -273,12 +273,20 @@ def embedding(params: Params) -> Array:
 
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
-    """Soft-capped logits float32 [..., V]; the product is in hidden's dtype, summed in float32."""
+    """Soft-capped logits float32 [..., V] of hidden states [..., D]."""
+    products = head_products(params, hidden)
+    return products if config.final_cap is None else soft_cap(products, config.final_cap)
+
+
+def head_products(params: Params, hidden: Array) -> Array:
+    """float32 [..., V], the logits before the cap; in hidden's dtype, summed in float32."""
     table = embedding(params).astype(hidden.dtype)
-    scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    if config.final_cap is None:
-        return scores
-    return config.final_cap * jnp.tanh(scores / config.final_cap)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def soft_cap(scores: Array, cap: float) -> Array:
+    """cap · tanh(scores / cap)."""
+    return cap * jnp.tanh(scores / cap)
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -1,17 +1,19 @@
 """Samplers on the accelerator: a tile's next-token distributions to points on ids (JAX).
 
-A tile is a run of a row's positions whose scores exist at once. Its scores are read once, for the
-sums of chunks of the vocabulary; all else works on those sums and on the few chunks that a point
-falls into. `teacher_dump.targets` settles what is proposed here into the entries that are stored.
+A tile is a run of a row's positions whose scores exist at once. They are read once, for the sums of
+chunks of the vocabulary; all else works on those sums and on the few chunks that a point falls
+into. `teacher_dump.targets` settles what is proposed here into the entries that are stored.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gemma2.model import soft_cap
 from schemas.errors import BudgetError
 from schemas.manifest import SamplerName, SamplerSpec
 
@@ -36,22 +38,60 @@ _SWEEPS = 2
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Scoring:
+    """How the products of a head become scores: the soft-cap, the temperature, ids that exist."""
+
+    vocab_size: int
+    temperature: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: Array, columns: Array) -> Array:
+        """float32 scores of products, whose columns these are; -inf for what is no id."""
+        if self.cap is not None:
+            products = soft_cap(products, self.cap)
+        return jnp.where(columns < self.vocab_size, products / self.temperature, -jnp.inf)
+
+    @property
+    def need_maximum(self) -> bool:
+        """Whether exponentials of the scores may leave float32."""
+        if self.cap is None:
+            return True
+        return self.cap / self.temperature > LARGEST_SCORE_WITHOUT_MAXIMUM
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tile:
     """Next-token distributions of B positions over C chunks of ids.
 
-    scores float32 [B, C, CHUNK], -inf for what is no id; predicted bool [B]; log_total float32 [B],
+    products float32 [B, C, CHUNK] of the head, of which `scoring` makes scores where they are
+    wanted, so that scores of all ids are never written; predicted bool [B]; log_total float32 [B],
     the scores' log-sum-exp; mass float32 [B, C], the sum of a chunk's probabilities.
     """
 
-    scores: Array
+    products: Array
     predicted: Array
     log_total: Array
     mass: Array
+    scoring: Scoring = field(metadata={"static": True})
 
     def probabilities(self, position: Array, chunk: Array) -> Array:
         """float32 [M, CHUNK] of chunks [M] of positions [M]."""
-        p = jnp.exp(self.scores[position, chunk] - self.log_total[position][:, None])
+        columns = chunk[:, None] * CHUNK + jnp.arange(CHUNK)[None, :]
+        scores = self.scoring(self.products[position, chunk], columns)
+        p = jnp.exp(scores - self.log_total[position][:, None])
         return jnp.where(p < _TINY, 0.0, p)
+
+    def log_probabilities(self, position: Array, column: Array) -> Array:
+        """float32 [M] in nats, of columns [M] at positions [M]."""
+        products = self.products[position, column // CHUNK, column % CHUNK]
+        return self.scoring(products, column) - self.log_total[position]
+
+    def scores(self) -> Array:
+        """float32 [B, C · CHUNK]: all of them, for what cannot do with less."""
+        products = self.products.reshape(len(self.products), -1)
+        return self.scoring(products, jnp.arange(products.shape[1])[None, :])
 
 
 class Candidates(NamedTuple):
@@ -116,25 +156,25 @@ def check(spec: SamplerSpec, vocab_size: int) -> None:
         )
 
 
-def make_tile(scores: Array, predicted: Array, largest_score: float | None) -> tuple[Tile, Array]:
-    """A tile and the entropy float32 [B] in nats of scores [B, V], V a multiple of CHUNK.
-
-    largest_score bounds the finite scores' magnitude, if it is known; -inf is no id.
-    """
-    rows, vocab = scores.shape
-    if largest_score is not None and largest_score <= LARGEST_SCORE_WITHOUT_MAXIMUM:
-        shift = jnp.zeros((rows,), jnp.float32)
+def make_tile(products: Array, predicted: Array, scoring: Scoring) -> tuple[Tile, Array]:
+    """A tile and the entropy float32 [B] in nats of products [B, V], V a multiple of CHUNK."""
+    rows, vocab = products.shape
+    products = products.reshape(rows, vocab // CHUNK, CHUNK)
+    scores = scoring(products, jnp.arange(vocab).reshape(1, -1, CHUNK))
+    if scoring.need_maximum:
+        shift = jnp.max(scores, axis=(1, 2))
     else:
-        shift = jnp.max(scores, axis=1)
-    chunked = scores.reshape(rows, vocab // CHUNK, CHUNK)
-    shifted = chunked - shift[:, None, None]
+        shift = jnp.zeros((rows,), jnp.float32)
+    shifted = scores - shift[:, None, None]
     e = jnp.exp(shifted)
-    sums = jnp.sum(e, axis=2)
-    # Together with the sums, so that the scores are read once.
-    moments = jnp.sum(jnp.where(e > 0.0, e * shifted, 0.0), axis=2)
+    # The barrier keeps XLA from turning the sums of sums below into sums over all of `e`, for which
+    # it would read everything a second time.
+    sums, moments = jax.lax.optimization_barrier(
+        (jnp.sum(e, axis=2), jnp.sum(jnp.where(e > 0.0, e * shifted, 0.0), axis=2))
+    )
     total = jnp.sum(sums, axis=1)
     entropy = jnp.log(total) - jnp.sum(moments, axis=1) / total
-    tile = Tile(chunked, predicted, shift + jnp.log(total), sums / total[:, None])
+    tile = Tile(products, predicted, shift + jnp.log(total), sums / total[:, None], scoring)
     return tile, jnp.where(predicted, jnp.maximum(entropy, 0.0), 0.0)
 
 
@@ -190,8 +230,8 @@ def settle(draft: Draft) -> Candidates:
 
 def expected_entries(name: SamplerName, tile: Tile, points: Array) -> Array:
     """float32 [P]: the expected number of entries of a tile for each of `points` int32 [P]."""
-    p = jnp.exp(tile.scores - tile.log_total[:, None, None])
-    p = jnp.where(tile.predicted[:, None, None], p, 0.0)
+    p = jnp.exp(tile.scores() - tile.log_total[:, None])
+    p = jnp.where(tile.predicted[:, None], p, 0.0)
 
     def count(number: Array) -> Array:
         n = number.astype(jnp.float32)
@@ -387,7 +427,7 @@ def _top_k(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, key: Ar
     """The most probable ids of each position with their probabilities, and the rest; biased."""
     positions = len(tile.mass)
     kept = spec.slots_per_token - 1
-    best, ids = jax.lax.top_k(tile.scores.reshape(positions, -1), kept)
+    best, ids = jax.lax.top_k(tile.scores(), kept)
     p = jnp.exp(best - tile.log_total[:, None])
     p = jnp.concatenate([p, jnp.maximum(1.0 - jnp.sum(p, axis=1, keepdims=True), 0.0)], axis=1)
     rest = jnp.full((positions, 1), vocab_size, jnp.int32)
@@ -396,8 +436,7 @@ def _top_k(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, key: Ar
 
 def _full(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, key: Array) -> Draft:
     """Every id above zero."""
-    positions = len(tile.mass)
-    p = jnp.exp(tile.scores.reshape(positions, -1)[:, :vocab_size] - tile.log_total[:, None])
+    p = jnp.exp(tile.scores()[:, :vocab_size] - tile.log_total[:, None])
     ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32), p.shape)
     return _exact(spec, tile, ids, p)
 

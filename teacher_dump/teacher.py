@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from gemma2 import checkpoint
 from gemma2.attention import resolve
 from gemma2.float8 import quantize_layers
-from gemma2.model import Execution, Params, embedding, hidden_states, logits
+from gemma2.model import Execution, Params, embedding, head_products, hidden_states
 from gemma2.placement import ALONE, AXES, Placement, check_model
 from logit_store.layout import predicted_mask
 from schemas.errors import ConfigError
@@ -27,7 +27,7 @@ from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
 from schemas.model import ModelConfig
 from teacher_dump import samplers
 from teacher_dump.compiled import step
-from teacher_dump.samplers import CHUNK, Candidates, Draft, Tile
+from teacher_dump.samplers import CHUNK, Candidates, Draft, Scoring, Tile
 
 _TILE_TOKENS = 1024
 
@@ -299,9 +299,9 @@ def tile_keys(key: Array, rows: Array, count: int) -> Array:
     )(row_keys)
 
 
-def label_log_probability(tile: Tile, scores: Array, labels: Array) -> Array:
-    """float32 [B] of labels int32 [B], columns of the tile's scores [B, V]; 0 if not predicted."""
-    label = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0] - tile.log_total
+def label_log_probability(tile: Tile, labels: Array) -> Array:
+    """float32 [B] of labels int32 [B], columns of the tile's; 0 if not predicted."""
+    label = tile.log_probabilities(jnp.arange(len(labels)), labels)
     return jnp.where(tile.predicted, jnp.minimum(label, 0.0), 0.0)
 
 
@@ -312,14 +312,10 @@ def score_tile(
     predicted: Array,
     temperature: float,
     vocab_size: int,
-) -> tuple[Tile, Array, Array]:
-    """A tile of hidden states [B, D], its entropies [B] and its scores [B, V]."""
-    scores = logits(params, config, hidden) / temperature
-    is_id = jnp.arange(scores.shape[1]) < vocab_size
-    scores = jnp.where(is_id[None, :], scores, -jnp.inf)
-    largest = None if config.final_cap is None else config.final_cap / temperature
-    tile, entropy = samplers.make_tile(scores, predicted, largest)
-    return tile, entropy, scores
+) -> tuple[Tile, Array]:
+    """A tile of hidden states [B, D] and its entropies [B]."""
+    scoring = Scoring(vocab_size, temperature, config.final_cap)
+    return samplers.make_tile(head_products(params, hidden), predicted, scoring)
 
 
 @step("config", "dtype", "spec", "vocab_size", "execution")
@@ -370,10 +366,10 @@ def sample_rows(
 
     def one_tile(table: Array, item: tuple[Array, ...]) -> tuple[Draft, Array, Array]:
         tile_hidden, tile_predicted, tile_labels, tile_key = item
-        tile, entropy, scores = score_tile(
+        tile, entropy = score_tile(
             {"embedding": table}, config, tile_hidden, tile_predicted, spec.temperature, vocab_size
         )
-        label = label_log_probability(tile, scores, tile_labels)
+        label = label_log_probability(tile, tile_labels)
         return samplers.propose(spec, vocab_size, tile, table, tile_key), entropy, label
 
     def all_tiles(table: Array, items: tuple[Array, ...]) -> tuple[Candidates, Array, Array]:
@@ -424,7 +420,7 @@ def _expected_entries(
 
     def one_tile(given: tuple[Array, Array], item: tuple[Array, Array]) -> Array:
         table, numbers = given
-        tile, _, _ = score_tile({"embedding": table}, config, *item, temperature, vocab_size)
+        tile, _ = score_tile({"embedding": table}, config, *item, temperature, vocab_size)
         return samplers.expected_entries(name, tile, numbers)
 
     return placement.spread(
@@ -458,13 +454,13 @@ def _log_probabilities(
     def one_tile(given: tuple[Array, Array, Array], item: tuple[Array, ...]) -> Array:
         table, position, column = given
         states, predicted, row, first = item
-        tile, _, scores = score_tile(
+        tile, _ = score_tile(
             {"embedding": table}, config, states, predicted, temperature, vocab_size
         )
         at = position[row] - first
         is_mine = (at >= 0) & (at < size)
         at = jnp.clip(at, 0, size - 1)
-        return jnp.where(is_mine, scores[at, column[row]] - tile.log_total[at], 0.0)
+        return jnp.where(is_mine, tile.log_probabilities(at, column[row]), 0.0)
 
     tiles = jnp.arange(batch * count, dtype=jnp.int32)
     found = execution.placement.spread(

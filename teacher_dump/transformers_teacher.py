@@ -24,7 +24,7 @@ from schemas.errors import CheckpointError, ConfigError, MissingDependencyError
 from schemas.manifest import SamplerName, SamplerSpec, TeacherInfo
 from teacher_dump import samplers
 from teacher_dump.compiled import step
-from teacher_dump.samplers import CHUNK, Draft, Tile
+from teacher_dump.samplers import CHUNK, Draft, Scoring, Tile
 from teacher_dump.teacher import (
     RowCandidates,
     check_ids,
@@ -397,12 +397,9 @@ def _sampled_rows(table: Array, columns: Array) -> Array:
 
 def _tile(
     scores: Array, columns: Array, predicted: Array, temperature: float, vocab_size: int
-) -> tuple[Tile, Array, Array]:
-    """A tile, its entropies and its scores, by `columns` of the model's scores [B, V]."""
-    scores = scores[:, columns] / temperature
-    scores = jnp.where(jnp.arange(len(columns))[None, :] < vocab_size, scores, -jnp.inf)
-    tile, entropy = samplers.make_tile(scores, predicted, None)
-    return tile, entropy, scores
+) -> tuple[Tile, Array]:
+    """A tile and its entropies, by `columns` of the model's scores [B, V]."""
+    return samplers.make_tile(scores[:, columns], predicted, Scoring(vocab_size, temperature))
 
 
 @step("spec", "vocab_size")
@@ -418,9 +415,9 @@ def _sample(
     vocab_size: int,
 ) -> tuple[Draft, Array, Array]:
     """What `propose` drafts of a tile, its entropies and its labels' log-probabilities."""
-    tile, entropy, scores = _tile(scores, columns, predicted, spec.temperature, vocab_size)
+    tile, entropy = _tile(scores, columns, predicted, spec.temperature, vocab_size)
     draft = samplers.propose(spec, vocab_size, tile, table, key)
-    return draft, entropy, label_log_probability(tile, scores, labels)
+    return draft, entropy, label_log_probability(tile, labels)
 
 
 @step()
@@ -441,7 +438,7 @@ def _expected_entries(
     temperature: float,
     vocab_size: int,
 ) -> Array:
-    tile, _, _ = _tile(scores, columns, predicted, temperature, vocab_size)
+    tile, _ = _tile(scores, columns, predicted, temperature, vocab_size)
     return samplers.expected_entries(name, tile, points)
 
 
@@ -457,5 +454,5 @@ def _look_up(
 ) -> Array:
     """float32 [M], log-probabilities of columns [M] at positions [M] of a tile."""
     predicted = jnp.ones(len(scores), bool)
-    tile, _, scores = _tile(scores, columns, predicted, temperature, vocab_size)
-    return scores[position, column] - tile.log_total[position]
+    tile, _ = _tile(scores, columns, predicted, temperature, vocab_size)
+    return tile.log_probabilities(position, column)

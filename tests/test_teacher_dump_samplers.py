@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from schemas.errors import BudgetError
 from schemas.manifest import MOST_POINTS, SamplerSpec
 from teacher_dump import samplers
-from teacher_dump.samplers import CHUNK, Balance, Candidates, Draft, Tile
+from teacher_dump.samplers import CHUNK, Balance, Candidates, Draft, Scoring, Tile
 
 TINY = float(np.finfo(np.float32).tiny)
 WORST_Z = 5.0
@@ -50,8 +50,9 @@ def padded(scores: np.ndarray) -> jax.Array:
     )
 
 
-def make_tile(scores: np.ndarray, predicted: np.ndarray, largest: float | None = None) -> Tile:
-    return samplers.make_tile(padded(scores), jnp.asarray(predicted), largest)[0]
+def make_tile(scores: np.ndarray, predicted: np.ndarray) -> Tile:
+    scoring = Scoring(scores.shape[1])
+    return samplers.make_tile(padded(scores), jnp.asarray(predicted), scoring)[0]
 
 
 def masses(log_probs: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -116,27 +117,39 @@ def mean_square_z(samples: np.ndarray, expected: np.ndarray, least: float = 30) 
 # The tile
 
 
-@pytest.mark.parametrize("largest", [None, 50.0, 60.0, 61.0])
-def test_tile_holds_the_distribution(largest: float | None) -> None:
+@pytest.mark.parametrize("cap", [None, 50.0, 60.0, 61.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_tile_holds_the_distribution(cap: float | None, temperature: float) -> None:
     """Entropies, log-sum-exp and the masses of chunks, against float64; the padding has none."""
     random = np.random.default_rng(1)
-    scores = (random.normal(size=(7, 300)) * np.linspace(0.5, 12, 7)[:, None]).astype(np.float32)
-    scores = np.clip(scores, -50, 50)
+    products = (random.normal(size=(7, 300)) * np.linspace(0.5, 24, 7)[:, None]).astype(np.float32)
     predicted = some_predicted(7)
-    tile, entropy = samplers.make_tile(padded(scores), jnp.asarray(predicted), largest)
-    exact = scores.astype(np.float64)
+    # Columns that are no id, and would be the likeliest by far.
+    wide = np.pad(products, ((0, 0), (0, 84)), constant_values=100.0)
+    scoring = Scoring(300, temperature, cap)
+    tile, entropy = samplers.make_tile(jnp.asarray(wide), jnp.asarray(predicted), scoring)
+    exact = products.astype(np.float64)
+    if cap is not None:
+        exact = cap * np.tanh(exact / cap)
+    exact /= temperature
     total = np.log(np.exp(exact).sum(axis=1))
     p = np.exp(exact - total[:, None])
     np.testing.assert_allclose(tile.log_total, total, rtol=1e-6)
     expected = np.where(predicted, -(p * np.log(p)).sum(axis=1), 0.0)
     np.testing.assert_allclose(entropy, expected, rtol=1e-4, atol=2e-6)
     chunks = np.pad(p, ((0, 0), (0, 84))).reshape(7, 3, CHUNK).sum(axis=2)
-    np.testing.assert_allclose(tile.mass, chunks, rtol=2e-6, atol=1e-30)
+    # Scores up to 75 are rounded to 4e-6, of the cap and of the temperature; exp makes that relative.
+    np.testing.assert_allclose(tile.mass, chunks, rtol=2e-5, atol=1e-30)
     position, chunk = jnp.asarray([0, 6]), jnp.asarray([2, 0])
     some = np.asarray(tile.probabilities(position, chunk))
     np.testing.assert_allclose(some[0, :44], p[0, 256:], rtol=1e-5)
     assert (some[0, 44:] == 0).all()
     np.testing.assert_allclose(some[1], np.where(p[6] < TINY, 0, p[6])[:CHUNK], rtol=2e-5)
+    column = jnp.asarray([299, 5])
+    labels = tile.log_probabilities(position, column)
+    np.testing.assert_allclose(labels, (exact - total[:, None])[position, column], rtol=1e-5)
+    np.testing.assert_allclose(tile.scores()[:, :300], exact, rtol=1e-5, atol=1e-5)
+    assert (tile.scores()[:, 300:] == -np.inf).all()
 
 
 def test_scores_without_a_bound_need_no_luck() -> None:
@@ -144,18 +157,21 @@ def test_scores_without_a_bound_need_no_luck() -> None:
     base = log_probabilities(2, 200)
     for shift in (-2000.0, 2000.0):
         tile, entropy = samplers.make_tile(
-            padded(base + np.float32(shift)), jnp.ones(2, bool), None
+            padded(base + np.float32(shift)), jnp.ones(2, bool), Scoring(200)
         )
-        expected = samplers.make_tile(padded(base), jnp.ones(2, bool), None)[1]
+        expected = samplers.make_tile(padded(base), jnp.ones(2, bool), Scoring(200))[1]
         np.testing.assert_allclose(entropy, expected, rtol=2e-3)
         np.testing.assert_allclose(np.asarray(tile.mass).sum(axis=1), 1.0, rtol=1e-5)
 
 
 def test_the_largest_score_that_needs_no_maximum_stays_within_float32() -> None:
     most = samplers.LARGEST_SCORE_WITHOUT_MAXIMUM
-    for score in (most, -most):
-        scores = np.full((1, 2**18), score, np.float32)
-        tile, entropy = samplers.make_tile(jnp.asarray(scores), jnp.ones(1, bool), most)
+    scoring = Scoring(2**18, cap=most)
+    assert not scoring.need_maximum
+    assert Scoring(2**18, temperature=0.999, cap=most).need_maximum
+    for product in (1e9, -1e9):
+        products = np.full((1, 2**18), product, np.float32)
+        tile, entropy = samplers.make_tile(jnp.asarray(products), jnp.ones(1, bool), scoring)
         np.testing.assert_allclose(entropy, np.log(2**18), rtol=1e-5)
         np.testing.assert_allclose(tile.mass, 1 / 2048, rtol=1e-5)
 
