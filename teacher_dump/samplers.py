@@ -167,10 +167,13 @@ def make_tile(products: Array, predicted: Array, scoring: Scoring) -> tuple[Tile
         shift = jnp.zeros((rows,), jnp.float32)
     shifted = scores - shift[:, None, None]
     e = jnp.exp(shifted)
-    # The barrier keeps XLA from turning the sums of sums below into sums over all of `e`, for which
-    # it would read everything a second time.
-    sums, moments = jax.lax.optimization_barrier(
-        (jnp.sum(e, axis=2), jnp.sum(jnp.where(e > 0.0, e * shifted, 0.0), axis=2))
+    # As one reduction, so that XLA reads the products once, and writes nothing of their size.
+    zero = jnp.float32(0.0)
+    sums, moments = jax.lax.reduce(
+        (e, jnp.where(e > 0.0, e * shifted, 0.0)),
+        (zero, zero),
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        dimensions=(2,),
     )
     total = jnp.sum(sums, axis=1)
     entropy = jnp.log(total) - jnp.sum(moments, axis=1) / total
@@ -264,28 +267,28 @@ def _systematic(spec: SamplerSpec, vocab_size: int, tile: Tile, table: Array, ke
 
     ids = _ids_of_points(drawn, tile, ends, offset[:, None], below_unit[:, None])
 
-    def mark(ids: Array, points: Array) -> tuple[Array, Array]:
-        """Whether each of the first `points` is its id's first, and whether all ids have room."""
+    def mark(ids: Array, points: int) -> Array:
+        """Whether each of the first `points` is its id's first."""
         is_first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        is_first &= tile.predicted[:, None] & (jnp.arange(drawn) < points)[None, :]
-        return is_first, jnp.sum(is_first) <= room
-
-    def halve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        points, ids, _, _ = state
-        kept = points // 4 * 2
-        shift = jax.random.randint(jax.random.fold_in(halve_key, points), (positions, 1), 0, points)
-        number = jnp.minimum(jnp.arange(drawn, dtype=jnp.int32), kept - 1)
-        ids = jnp.take_along_axis(ids, (number[None, :] * points + shift) // kept, axis=1)
-        return kept, ids, *mark(ids, kept)
+        return is_first & tile.predicted[:, None] & (jnp.arange(drawn) < points)[None, :]
 
     # A tile with more entries than there is room for is far from fitting its slots, so evenly
     # spaced ones of its points are kept, half of them. Points drawn anew would be biased: that
-    # there were many entries says where the first ones lay.
-    points = jnp.int32(drawn)
-    points, ids, is_first, _ = jax.lax.while_loop(
-        lambda state: ~state[3] & (state[0] > 2), halve, (points, ids, *mark(ids, points))
-    )
-    ids, is_first = ids.reshape(-1), is_first.reshape(-1)
+    # there were many entries says where the first ones lay. All halvings are computed: a loop that
+    # ends when its tile fits would be waited for by the host, tile by tile.
+    numbers, ids_of = [drawn], [ids]
+    while (before := numbers[-1]) > 2:
+        kept = before // 4 * 2
+        shift = jax.random.randint(jax.random.fold_in(halve_key, before), (positions, 1), 0, before)
+        number = jnp.minimum(jnp.arange(drawn, dtype=jnp.int32), kept - 1)
+        of_before = (number[None, :] * before + shift) // kept
+        numbers.append(kept)
+        ids_of.append(jnp.take_along_axis(ids_of[-1], of_before, axis=1))
+    firsts = [mark(*each) for each in zip(ids_of, numbers, strict=True)]
+    fits = jnp.stack([jnp.sum(each) <= room for each in firsts[:-1]] + [jnp.bool_(True)])
+    level = jnp.argmax(fits)
+    points = jnp.asarray(numbers, jnp.int32)[level]
+    ids, is_first = (jnp.stack(each)[level].reshape(-1) for each in (ids_of, firsts))
     first = jnp.nonzero(is_first, size=room, fill_value=size)[0].astype(jnp.int32)
     exists = first < size
     position = jnp.where(exists, first // drawn, 0)
