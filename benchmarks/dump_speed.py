@@ -2,9 +2,10 @@
 
 `python -m benchmarks.dump_speed --model gemma2-9b --batch 2 --dtypes bfloat16 float8` makes random
 weights where they belong, and one process measures, in this order: the matrix rate of the device;
-the bare forward (layers, head, log-sum-exp of every position); the teacher's step as a dump calls
-it, with sampling; `retort dump`'s own job, from a store's tokens to committed shards on a local
-disk, all but the loading of weights; the matrix rate again. Rows of 8,192 tokens are one document
+in turns, as a card gets slower when it is warm, the bare forward (layers, head, log-sum-exp of
+every position) and the teacher's step as a dump calls it, with sampling; `retort dump`'s own job,
+from a store's tokens to committed shards on a local disk, all but the loading of weights; the turns
+again; the matrix rate again. Rows of 8,192 tokens are one document
 each, the longest attention that there is. The embedding is scaled so that the entropy is about 3.5
 nats, as a good teacher's is. With `--devices 2` the layers are shared; `--no-dump` needs no Beam.
 """
@@ -53,6 +54,7 @@ SPEC = SamplerSpec(name="systematic", points=24, slots_per_token=18, block_token
 SPREAD = 4.2
 # Of what layers add to the stream, so that its last token is not what a random model expects next.
 LOUDNESS = 20.0
+ROUNDS = 3
 
 
 def make_params(config: ModelConfig, placement: Placement, dtype: TeacherDtype) -> Any:
@@ -78,14 +80,16 @@ def make_params(config: ModelConfig, placement: Placement, dtype: TeacherDtype) 
     return params
 
 
-def seconds_of(run: Callable[[], Any], times: int) -> float:
-    """Median of so many calls, after one that compiles."""
-    took = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        took.append(time.perf_counter() - start)
-    return statistics.median(took[1:])
+def in_turns(runs: list[Callable[[], Any]], times: int) -> list[float]:
+    """Median seconds of each of several calls, which take turns of so many."""
+    took: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for run, mine in zip(runs, took, strict=True):
+            for _ in range(times):
+                start = time.perf_counter()
+                jax.block_until_ready(run())
+                mine.append(time.perf_counter() - start)
+    return [statistics.median(mine) for mine in took]
 
 
 @step("config", "execution")
@@ -196,49 +200,47 @@ def measure(config: ModelConfig, dtype: TeacherDtype, options: argparse.Namespac
     segments = np.ones_like(tokens)
     work = flops.forward_flops_per_token(config, LENGTH).total
 
-    def say(what: str, seconds: float) -> float:
-        rate = tokens.size / seconds
-        share_of = work * rate / options.devices / rates.matrix
-        print(
-            f"  {what}: {seconds * 1e3:.1f} ms, {rate:,.0f} tokens/s, "
-            f"{work * rate / options.devices / 1e12:.0f} TFLOP/s a device ({share_of:.1%} of the "
-            "matrix rate)",
-            flush=True,
-        )
-        return seconds
-
     arrays = jnp.asarray(tokens), jnp.asarray(segments)
-    bare = say(
-        "layers and head",
-        seconds_of(
-            lambda: forward(
-                teacher._params,
-                *arrays,
-                config=config,
-                execution=teacher._execution,
-            ),
-            options.times,
-        ),
-    )
-    sampled = say(
-        "with sampling",
-        seconds_of(
-            lambda: teacher.begin(tokens, segments, np.arange(rows), SPEC, 0)(), options.times
-        ),
-    )
-    print(f"  sampling adds {sampled / bare - 1:.1%}", flush=True)
-    entropy = teacher.begin(tokens, segments, np.arange(rows), SPEC, 0)().teacher_entropy.mean()
+
+    def bare() -> Any:
+        return forward(teacher._params, *arrays, config=config, execution=teacher._execution)
+
+    def sampled() -> Any:
+        return teacher.begin(tokens, segments, np.arange(rows), SPEC, 0)()
+
+    def say_both() -> float:
+        """Seconds of the bare forward."""
+        found = in_turns([bare, sampled], options.times)
+        for what, seconds in zip(("layers and head", "with sampling"), found, strict=True):
+            rate = tokens.size / seconds
+            flops_per_second = work * rate / options.devices
+            print(
+                f"  {what}: {seconds * 1e3:.1f} ms, {rate:,.0f} tokens/s, "
+                f"{flops_per_second / 1e12:.0f} TFLOP/s a device",
+                flush=True,
+            )
+        print(f"  sampling adds {found[1] / found[0] - 1:.1%}", flush=True)
+        return found[0]
+
+    bare()
+    entropy = sampled().teacher_entropy.mean()
+    before = say_both()
     if options.dump:
         said = dump_whole(teacher, dtype, options)
         rate = float(said.split(" ")[0].replace(",", ""))
-        print(f"  dump: {said}; {bare * rate / tokens.size:.1%} of layers and head", flush=True)
+        print(f"  dump: {said}", flush=True)
+        after = say_both()
+        share_of = statistics.mean((before, after)) * rate / tokens.size
+        print(f"  dump: {share_of:.1%} of layers and head before and after it", flush=True)
     rates.measure_products()
+    share_of = work * tokens.size / before / options.devices / rates.matrix
     peak = max(
         (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
         for device in jax.local_devices()[: options.devices]
     )
     print(
-        f"  {rates}; peak {peak / 2**30:.1f} GiB, entropy {entropy:.2f} nats, attention "
+        f"  {rates}, of which layers and head had {share_of:.1%}; peak {peak / 2**30:.1f} GiB, "
+        f"entropy {entropy:.2f} nats, attention "
         f"{teacher._execution.attention}",
         flush=True,
     )
