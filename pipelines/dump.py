@@ -52,6 +52,7 @@ _COUNTED_ROWS = 4096
 
 _teachers: dict[tuple[str, str, str, int, int], Teacher] = {}
 _teachers_lock = threading.Lock()
+_handing_lock = threading.Lock()
 _drivers = threading.Event()
 """Set in a process that is the driver of a dump; others are its workers, many to a machine."""
 
@@ -367,8 +368,9 @@ def write_shard(config: DumpConfig, spec: ShardSpec) -> LedgerRecord:
     order = reader.read_table(config.store, config.name, manifest, "sampling_order")
     rows = np.arange(spec.first_row, spec.stop_row)
     tokens = reader.TokensReader(config.store).rows(rows)
-    with _teachers_lock:
-        # Its order is the set's; of several sets in one process, one at a time.
+    # Not the lock of the teachers: this shard is read while another is handed over.
+    with _handing_lock:
+        # A teacher's order is the set's; of several sets in one process, one at a time.
         teacher.arrange(order)
         finish = begin_rows(
             teacher,

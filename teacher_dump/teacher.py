@@ -6,7 +6,7 @@ sampling order, so that what the sampler takes for neighbours are ids of similar
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -170,7 +170,7 @@ class Gemma2Teacher:
         found, entropy, label = candidates_step(
             self._params,
             *self._arrays(tokens, segment_ids),
-            jnp.asarray(rows, jnp.int32),
+            np.asarray(rows, np.int32),
             seed_key(seed),
             config=self._config,
             dtype=self._dtype,
@@ -233,13 +233,10 @@ class Gemma2Teacher:
         )
         return np.asarray(found)
 
-    def _arrays(self, tokens: np.ndarray, segment_ids: np.ndarray) -> tuple[Array, Array, Array]:
+    def _arrays(self, tokens: np.ndarray, segment_ids: np.ndarray) -> tuple[np.ndarray, ...]:
         """Tokens as rows of the reordered embedding, segment ids, and what is predicted."""
-        return (
-            jnp.asarray(self._place[tokens]),
-            jnp.asarray(segment_ids, jnp.int32),
-            jnp.asarray(predicted_mask(np.asarray(segment_ids))),
-        )
+        segment_ids = np.asarray(segment_ids, np.int32)
+        return self._place[tokens], segment_ids, predicted_mask(segment_ids)
 
 
 def check_ids(folder: str | Path, ids: int, vocab_size: int) -> None:
@@ -280,8 +277,12 @@ def _rows(params: Params, index: np.ndarray) -> Params:
     return {**params, "embedding": embedding(params)[jnp.asarray(index, jnp.int32)]}
 
 
+@cache
 def seed_key(seed: int) -> Array:
-    """A PRNG key of all bits of the seed; jax.random.key alone drops those above 32."""
+    """A PRNG key of all bits of the seed; jax.random.key alone drops those above 32.
+
+    Kept, since what makes it would wait on a device that has a batch in hand.
+    """
     low, high = seed & 0xFFFFFFFF, seed >> 32
     return jax.random.fold_in(jax.random.key(low), np.uint32(high))
 
