@@ -167,14 +167,9 @@ def make_tile(products: Array, predicted: Array, scoring: Scoring) -> tuple[Tile
         shift = jnp.zeros((rows,), jnp.float32)
     shifted = scores - shift[:, None, None]
     e = jnp.exp(shifted)
-    # As one reduction, so that XLA reads the products once, and writes nothing of their size.
-    zero = jnp.float32(0.0)
-    sums, moments = jax.lax.reduce(
-        (e, jnp.where(e > 0.0, e * shifted, 0.0)),
-        (zero, zero),
-        lambda one, other: (one[0] + other[0], one[1] + other[1]),
-        dimensions=(2,),
-    )
+    # As one sum of complex numbers: of two sums XLA for GPUs writes all scores, and reads them.
+    both = jnp.sum(jax.lax.complex(e, jnp.where(e > 0.0, e * shifted, 0.0)), axis=2)
+    sums, moments = both.real, both.imag
     total = jnp.sum(sums, axis=1)
     entropy = jnp.log(total) - jnp.sum(moments, axis=1) / total
     tile = Tile(products, predicted, shift + jnp.log(total), sums / total[:, None], scoring)
