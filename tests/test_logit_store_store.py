@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,11 +37,17 @@ from schemas.errors import (
 from schemas.manifest import Corpus, LedgerRecord, ShardSpec, SourceFile
 
 
-@pytest.fixture
-def store(tmp_path) -> str:
-    url = str(tmp_path / "store")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> str:
+    """Written once, for `store` to copy; no test has it itself."""
+    url = str(tmp_path_factory.mktemp("written") / "store")
     small_store.write_store(url)
     return url
+
+
+@pytest.fixture
+def store(tmp_path, written) -> str:
+    return str(shutil.copytree(written, tmp_path / "store"))
 
 
 def files(url: str) -> dict[str, bytes]:
