@@ -328,37 +328,52 @@ def test_of_writers_that_all_saw_nothing_one_wins_and_all_learn_what_it_wrote(bu
         assert Counter(request.status for request in writes) == {200: 1, 412: RACERS - 1}
 
 
+# A child for each list of arguments, which all begin when the last one is there. The parent has
+# imported everything for them, and opens no store: a fork would lose TensorStore's threads.
+RACE = f"""
+import json, os, sys, traceback
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import small_store
+from logit_store import writer
+small_store.target_rows()
+code, *given = json.loads(sys.argv[1])
+waiting, starting = os.pipe()
+runs = []
+for arguments in given:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(starting)
+        os.dup2(writing, 1)
+        os.read(waiting, 1)
+        sys.argv[1:] = arguments
+        status = 1
+        try:
+            exec(code)
+            sys.stdout.flush()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    os.close(writing)
+    runs.append((child, reading))
+os.close(starting)
+found = []
+for child, reading in runs:
+    with os.fdopen(reading) as file:
+        found.append((file.read(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+print(json.dumps(found))
+"""
+
+
 def racing(code: str, *arguments: list[str]) -> list[str]:
     """Run a process for each list of arguments, from the same moment; what each printed."""
-    start = (
-        "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import small_store\nfrom logit_store import writer\n"
-        "print('ready', flush=True)\nsys.stdin.readline()\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", start + code, *given],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for given in arguments
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    found = []
-    for process in processes:
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        found.append(output)
-    return found
+    command = [sys.executable, "-c", RACE, json.dumps([code, *arguments])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [status for _, status in found] == [0] * len(arguments), done.stderr
+    return [output for output, _ in found]
 
 
 def test_of_processes_with_different_configs_only_one_is_accepted(bucket, path):
