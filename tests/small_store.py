@@ -1,5 +1,8 @@
 """A small store of made-up rows, with two shards of two rows and one of a single row."""
 
+from copy import deepcopy
+from functools import cache
+
 import numpy as np
 
 from logit_store import codec, writer
@@ -25,6 +28,12 @@ CORPUS = Corpus(sources=(), splits=())
 
 def tables() -> writer.Tables:
     """Ids from common to rare in an order of their own; buckets of one id to 32."""
+    return deepcopy(_tables())
+
+
+# Made once: most tests ask for them, some many times. Each gets a copy, as some tests change them.
+@cache
+def _tables() -> writer.Tables:
     random = np.random.default_rng(3)
     counts = random.permutation((1e4 / np.arange(1, VOCAB + 1)).astype(np.int64))
     return writer.Tables(
@@ -99,6 +108,11 @@ def row_entries(seed: int = 11) -> tuple[list[RowEntries], np.ndarray]:
 
 def target_rows(seed: int = 11) -> TargetRows:
     """The rows of `row_entries`, encoded."""
+    return deepcopy(_target_rows(seed))
+
+
+@cache
+def _target_rows(seed: int) -> TargetRows:
     rng = np.random.default_rng(seed + 1)
     rows, block_points = row_entries(seed)
     predicted = predicted_mask(token_rows()[1])

@@ -101,6 +101,7 @@ def bucket(request, monkeypatch) -> Iterator[Bucket]:
     point_at(monkeypatch, request.param, found.front.url)
     yield found
     found.front.answer = None
+    found.front.page_keys = bucket_servers.PAGE_KEYS
     assert found.front.refuse_once == []
 
 
@@ -120,6 +121,29 @@ def local(tmp_path_factory) -> str:
 def files(url: str) -> dict[str, bytes]:
     root = Path(url)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def stored(local) -> dict[str, bytes]:
+    """The small store's objects, which a writer leaves in a bucket too: the first test says so."""
+    return files(local)
+
+
+@pytest.fixture(scope="session")
+def loose(tmp_path_factory) -> dict[str, bytes]:
+    """The same, with records of targets that no driver has compacted yet."""
+    url = str(tmp_path_factory.mktemp("loose") / "store")
+    small_store.write_tokens(url)
+    create_targets(url)
+    for index in range(3):
+        write_shard(url, index)
+    return files(url)
+
+
+def seed(bucket: Bucket, path: str, objects: dict[str, bytes]) -> str:
+    """Put a store there as it is, without the requests of a writer; returns its URL."""
+    bucket.write_all({f"{path}/{key}": raw for key, raw in objects.items()})
+    return bucket.url(path)
 
 
 def ledger_of(url: str, name: str | None) -> Ledger:
@@ -178,9 +202,8 @@ def test_a_bucket_itself_may_be_a_store(bucket, local):
             bucket.delete(key)
 
 
-def test_writing_again_changes_nothing(bucket, path, local):
-    url = bucket.url(path)
-    small_store.write_store(url)
+def test_writing_again_changes_nothing(bucket, path, local, stored):
+    url = seed(bucket, path, stored)
     bucket.front.requests.clear()
     small_store.write_store(url)
     written = {request.key for request in bucket.front.requests if request.is_write}
@@ -194,9 +217,8 @@ def test_writing_again_changes_nothing(bucket, path, local):
     assert bucket.objects(f"{path}/") == files(local)
 
 
-def test_verify_finds_a_flipped_byte_a_missing_object_and_a_stranger(bucket, path):
-    url = bucket.url(path)
-    small_store.write_store(url)
+def test_verify_finds_a_flipped_byte_a_missing_object_and_a_stranger(bucket, path, stored):
+    url = seed(bucket, path, stored)
     for key in ("targets/default/entry_bucket/c/1/0", "tokens/c/2/0", "targets/default/zarr.json"):
         raw = bucket.read(f"{path}/{key}")
         flipped = bytearray(raw)
@@ -215,9 +237,8 @@ def test_verify_finds_a_flipped_byte_a_missing_object_and_a_stranger(bucket, pat
     assert [problem.file for problem in report.problems] == ["tokens/c/9/0"]
 
 
-def test_a_reader_meets_damage_and_not_zeros(bucket, path):
-    url = bucket.url(path)
-    small_store.write_store(url)
+def test_a_reader_meets_damage_and_not_zeros(bucket, path, stored):
+    url = seed(bucket, path, stored)
     raw = bytearray(bucket.read(f"{path}/tokens/c/0/0"))
     raw[20] ^= 1
     bucket.write(f"{path}/tokens/c/0/0", bytes(raw))
@@ -230,9 +251,8 @@ def test_a_reader_meets_damage_and_not_zeros(bucket, path):
     targets.rows([4])
 
 
-def test_a_reader_refuses_rows_without_a_record(bucket, path):
-    url = bucket.url(path)
-    small_store.write_store(url)
+def test_a_reader_refuses_rows_without_a_record(bucket, path, stored):
+    url = seed(bucket, path, stored)
     ledger_of(url, "default").withdraw([1])
     targets = reader.TargetsReader(url, "default")
     targets.rows([0, 4])
@@ -308,37 +328,52 @@ def test_of_writers_that_all_saw_nothing_one_wins_and_all_learn_what_it_wrote(bu
         assert Counter(request.status for request in writes) == {200: 1, 412: RACERS - 1}
 
 
+# A child for each list of arguments, which all begin when the last one is there. The parent has
+# imported everything for them, and opens no store: a fork would lose TensorStore's threads.
+RACE = f"""
+import json, os, sys, traceback
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import small_store
+from logit_store import writer
+small_store.target_rows()
+code, *given = json.loads(sys.argv[1])
+waiting, starting = os.pipe()
+runs = []
+for arguments in given:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(starting)
+        os.dup2(writing, 1)
+        os.read(waiting, 1)
+        sys.argv[1:] = arguments
+        status = 1
+        try:
+            exec(code)
+            sys.stdout.flush()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    os.close(writing)
+    runs.append((child, reading))
+os.close(starting)
+found = []
+for child, reading in runs:
+    with os.fdopen(reading) as file:
+        found.append((file.read(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+print(json.dumps(found))
+"""
+
+
 def racing(code: str, *arguments: list[str]) -> list[str]:
     """Run a process for each list of arguments, from the same moment; what each printed."""
-    start = (
-        "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import small_store\nfrom logit_store import writer\n"
-        "print('ready', flush=True)\nsys.stdin.readline()\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", start + code, *given],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for given in arguments
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    found = []
-    for process in processes:
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        found.append(output)
-    return found
+    command = [sys.executable, "-c", RACE, json.dumps([code, *arguments])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [status for _, status in found] == [0] * len(arguments), done.stderr
+    return [output for output, _ in found]
 
 
 def test_of_processes_with_different_configs_only_one_is_accepted(bucket, path):
@@ -382,12 +417,8 @@ def test_processes_that_write_the_same_shards_end_in_the_same_bytes(bucket, path
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_a_second_writer_of_other_bytes_is_told(bucket, path, compacted):
-    url = bucket.url(path)
-    small_store.write_tokens(url)
-    create_targets(url)
-    for index in range(3):
-        write_shard(url, index)
+def test_a_second_writer_of_other_bytes_is_told(bucket, path, compacted, loose):
+    url = seed(bucket, path, loose)
     ledger = ledger_of(url, "default")
     if compacted:
         assert ledger.compact() == 3
@@ -421,12 +452,10 @@ CHANGES = 5
 
 
 @pytest.mark.parametrize("cut", range(CHANGES + 1))
-def test_a_compaction_cut_anywhere_says_the_same_and_goes_on(bucket, path, local, monkeypatch, cut):
-    url = bucket.url(path)
-    small_store.write_tokens(url)
-    create_targets(url)
-    for index in range(3):
-        write_shard(url, index)
+def test_a_compaction_cut_anywhere_says_the_same_and_goes_on(
+    bucket, path, local, monkeypatch, cut, loose
+):
+    url = seed(bucket, path, loose)
     records = list(ledger_of(url, "default").records())
     with monkeypatch.context() as patch:
         cut_after(bucket.front, patch, cut, REFUSALS[bucket.scheme])
@@ -446,9 +475,10 @@ def test_a_compaction_cut_anywhere_says_the_same_and_goes_on(bucket, path, local
 
 
 @pytest.mark.parametrize("cut", range(CHANGES + 1))
-def test_a_withdrawal_cut_anywhere_costs_no_other_shard(bucket, path, local, monkeypatch, cut):
-    url = bucket.url(path)
-    small_store.write_store(url)
+def test_a_withdrawal_cut_anywhere_costs_no_other_shard(
+    bucket, path, local, monkeypatch, cut, stored
+):
+    url = seed(bucket, path, stored)
     records = list(ledger_of(url, "default").records())
     with monkeypatch.context() as patch:
         cut_after(bucket.front, patch, cut, REFUSALS[bucket.scheme])
@@ -469,10 +499,9 @@ def test_a_withdrawal_cut_anywhere_costs_no_other_shard(bucket, path, local, mon
     assert bucket.objects(f"{path}/") == files(local)
 
 
-def test_a_store_in_a_bucket_is_repaired(bucket, path, local):
+def test_a_store_in_a_bucket_is_repaired(bucket, path, local, stored):
     """A manifest and a table from their copies, a shard withdrawn, a ledger derived."""
-    url = bucket.url(path)
-    small_store.write_store(url)
+    url = seed(bucket, path, stored)
     bucket.write(f"{path}/zarr.json", b"{}")
     bucket.delete(f"{path}/targets/default/bucket_bits/c/0")
     bucket.delete(f"{path}/ledger/segment-000000.jsonl")
@@ -492,13 +521,13 @@ def test_a_store_in_a_bucket_is_repaired(bucket, path, local):
 
 
 @pytest.mark.parametrize("folder", ["copies/targets", "targets/many/ledger"])
-def test_listings_go_on_past_a_page(bucket, path, folder):
+def test_listings_go_on_past_a_page(bucket, path, folder, stored):
     """The sets of targets are listed by their manifests' copies, shards by their records."""
-    url = bucket.url(path)
-    small_store.write_store(url)
-    ends = [f"{index:08d}.json" for index in range(1050)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda end: bucket.write(f"{path}/{folder}/{end}", b""), ends))
+    url = seed(bucket, path, stored)
+    # The client does not know how long a page is; the real ones of a thousand keys take long.
+    bucket.front.page_keys = 50
+    ends = [f"{index:08d}.json" for index in range(70)]
+    bucket.write_all({f"{path}/{folder}/{end}": b"" for end in ends})
     bucket.front.requests.clear()
     if folder == "copies/targets":
         small_store.write_targets(url, "zest")
@@ -506,7 +535,7 @@ def test_listings_go_on_past_a_page(bucket, path, folder):
         names = [end.removesuffix(".json") for end in ends]
         assert reader.list_targets(url) == [*names, "default", "zest"]
     else:
-        many = Ledger(url, "many", small_store.targets_manifest(num_sequences=2 * 1050))
+        many = Ledger(url, "many", small_store.targets_manifest(num_sequences=2 * 70))
         assert many.committed().all()
     pages = [request.path for request in bucket.front.requests if not request.key]
     assert sum("continuation-token=" in page or "pageToken=" in page for page in pages) == 1
@@ -621,10 +650,9 @@ REFUSALS = {
 }
 
 
-def test_refused_access_is_named_wherever_it_happens(bucket, path):
+def test_refused_access_is_named_wherever_it_happens(bucket, path, stored):
     """Also in the middle of a run, where it must not be taken for damaged bytes."""
-    url = bucket.url(path)
-    small_store.write_store(url)
+    url = seed(bucket, path, stored)
     targets = reader.TargetsReader(url, "default")
     targets.rows([0])
     tokens = writer.TokensWriter(url)
@@ -807,7 +835,7 @@ def test_real_credentials_do_not_reach_an_emulator(gs, monkeypatch, tmp_path):
 
 def test_a_store_is_asked_for_its_bucket_once(bucket, path):
     url = bucket.url(path)
-    small_store.write_store(url)
+    small_store.write_tokens(url)
     bucket.front.requests.clear()
     for name in ("", "targets/", "ledger/"):
         storage.read_bytes(storage.open_kvstore(url, name), "zarr.json")
@@ -836,11 +864,9 @@ def test_a_config_that_differs_is_refused_in_a_bucket_too(bucket, path):
         create_tokens(url, shard_sequences=1)
 
 
-def test_the_inspector_reads_a_bucket_as_it_reads_a_folder(bucket, path, local, tmp_path):
+def test_the_inspector_reads_a_bucket_as_it_reads_a_folder(bucket, path, local, stored, tmp_path):
     """Every view of the terminal, rows that are exported, and the pages of the browser."""
-    url = bucket.url(path)
-    for key, raw in files(local).items():
-        bucket.write(f"{path}/{key}", raw)
+    url = seed(bucket, path, stored)
     piece = "⟨{}⟩".format
 
     def seen(store: str) -> tuple[str, list[str]]:

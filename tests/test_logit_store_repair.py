@@ -1,6 +1,7 @@
 """Repair brings back what can be brought back, byte for byte, and gives up exactly what is lost."""
 
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -45,7 +46,12 @@ def put(store: Path, contents: dict[str, bytes]) -> None:
 
 
 def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    # Not by Path.rglob, which takes longer than the repairs that this is called around.
+    return {
+        os.path.relpath(place, store): Path(place).read_bytes()
+        for folder, _, names in os.walk(store)
+        for place in (os.path.join(folder, name) for name in names)
+    }
 
 
 def array_of(name: str) -> str:
@@ -116,12 +122,12 @@ def test_any_damaged_file_comes_back(store, golden, how):
             assert outcome.left == [f"{name}: {LOST_CORPUS}"]
             continue
         assert outcome.left == [], name
-        report = verify(str(store))
-        assert report.ok, report.problems
         lost = [(group, index) for group, shards in lost_by(name).items() for index in shards]
-        if not lost:
-            assert files(store) == golden, name
-        assert write_missing(store) == lost
+        if lost:
+            report = verify(str(store))
+            assert report.ok, report.problems
+            assert write_missing(store) == lost
+        # To the byte the store that test_a_whole_store_is_left_as_it_is finds nothing to do in.
         assert files(store) == golden, name
 
 
@@ -137,8 +143,9 @@ def test_any_two_files_that_were_swapped_come_back(store, golden):
         outcome = mended(store)
         assert outcome.withdrawn == lost_by(one, two) or is_double(one, two), (one, two)
         assert outcome.left == [], (one, two)
-        assert verify(str(store)).ok
-        write_missing(store)
+        if outcome.withdrawn:
+            assert verify(str(store)).ok
+            write_missing(store)
         assert files(store) == golden, (one, two)
 
 
@@ -349,6 +356,8 @@ def test_a_whole_store_is_left_as_it_is(store, golden):
     report, outcome = repair.repair(str(store), apply=True)
     assert report.ok
     assert outcome == Outcome()
+    assert verify(str(store)).ok
+    assert write_missing(store) == []
     assert files(store) == golden
 
 

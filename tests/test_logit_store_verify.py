@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +21,17 @@ from schemas.manifest import LedgerRecord
 TARGETS = "targets/default/"
 
 
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory) -> Path:
+    """Written once, for `store` to copy; no test has it itself."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    small_store.write_store(str(store))
+    return store
+
+
 @pytest.fixture
-def store(tmp_path) -> Path:
-    small_store.write_store(str(tmp_path / "store"))
-    return tmp_path / "store"
+def store(tmp_path, whole_store) -> Path:
+    return Path(shutil.copytree(whole_store, tmp_path / "store"))
 
 
 def all_files(store: Path) -> dict[str, Path]:
