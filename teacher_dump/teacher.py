@@ -72,7 +72,7 @@ class Teacher(Protocol):
 
         What is returned waits for their candidates, in any thread. Meanwhile the device may be
         handed more rows, by one thread at a time; it may take them only when it is almost done. A
-        row's randomness is of the row and the seed alone; the last bits of sums may be of its batch.
+        row's randomness is of the row and the seed alone; last bits of sums may be of its batch.
         """
         ...
 
