@@ -18,6 +18,9 @@ from student_train.batch import Batch
 from student_train.data import StoreSource
 from student_train.loop import train
 
+# TensorBoard's writer imports it if it is there, in four seconds, and needs it for nothing here.
+sys.modules["torch"] = None  # type: ignore[assignment]
+
 
 def main() -> None:
     config = TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())

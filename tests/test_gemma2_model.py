@@ -1,5 +1,7 @@
 """Parameter counts, packed segments, remat and bf16 of the decoder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from schemas.runs import MeshConfig
 from student_train import mesh as meshes
 
 TINY = presets.PRESETS["tiny"]
+pytestmark = pytest.mark.usefixtures("compile_once", "compile_quickly")
 
 
 @pytest.mark.parametrize(
@@ -36,12 +39,12 @@ def test_27b_query_scale_is_not_the_head_size():
 
 @pytest.fixture(scope="module")
 def params():
-    return model.init_params(TINY, jax.random.key(0))
+    return jax.jit(lambda: model.init_params(TINY, jax.random.key(0)))()
 
 
-def hidden(params, tokens, segments, **options):
-    options = {"dtype": jnp.float32} | options
-    return model.hidden_states(params, TINY, jnp.asarray(tokens), jnp.asarray(segments), **options)
+@functools.partial(jax.jit, static_argnames=("dtype", "remat"))
+def hidden(params, tokens, segments, *, dtype=jnp.float32, remat="none"):
+    return model.hidden_states(params, TINY, tokens, segments, dtype=dtype, remat=remat)
 
 
 def test_packed_documents_are_as_if_alone(params):
@@ -58,7 +61,7 @@ def test_packed_documents_are_as_if_alone(params):
 
 
 def test_later_tokens_change_nothing_before_them(params):
-    tokens = np.arange(50, dtype=np.int32)[None]
+    tokens = np.arange(48, dtype=np.int32)[None]
     changed = tokens.copy()
     changed[0, 30] = 400
     ones = np.ones_like(tokens)
@@ -96,18 +99,21 @@ def test_query_blocks_change_nothing(monkeypatch, block):
 def test_remat_changes_no_gradient(params):
     tokens = jnp.arange(48, dtype=jnp.int32)[None]
 
-    def loss(params, remat):
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradients(params, remat):
         return jnp.sum(jnp.square(hidden(params, tokens, jnp.ones_like(tokens), remat=remat)))
 
-    plain = jax.grad(loss)(params, "none")
+    plain = gradients(params, "none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
     for remat in ("dots", "attention", "full"):
-        other = jax.grad(loss)(params, remat)
+        other = gradients(params, remat)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other
         )
 
 
+@functools.cache
 def kept(remat, execution=None):
     """(shape, dtype) of all that the backward is given, but for the parameters themselves."""
     config = TINY.model_copy(update={"num_layers": 8})
@@ -227,7 +233,7 @@ def test_an_unknown_remat_policy_is_refused(params):
 
 
 def test_padding_alone_is_finite(params):
-    zeros = np.zeros((1, 9), np.int32)
+    zeros = np.zeros((1, 48), np.int32)
     assert bool(jnp.isfinite(hidden(params, zeros, zeros)).all())
 
 

@@ -137,17 +137,22 @@ def test_processes_stop_at_one_step_for_a_shard_that_one_cannot_read(
         assert f"resumed_from={step}" in output
 
 
-def test_a_signal_to_one_process_stops_all_with_the_state_saved(tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_with_the_state_saved(
+    folder: Path, tmp_path: Path
+) -> None:
+    """With the programs that the two processes of `folder` compiled, which know their last step."""
     make_store(tmp_path / "store", rows=ROWS)
-    config = write_config(tmp_path, "out", steps=400, checkpoint_every=1000)
-    processes = start_several([config] * 2, devices=1, delay_seconds=0.1)
+    config = write_config(tmp_path, "out", checkpoint_every=1000)
+    processes = start_several(
+        [config] * 2, devices=DEVICES // 2, delay_seconds=2, compiled=folder / "compiled"
+    )
     deadline = time.monotonic() + 200
     while len(records(tmp_path / "out")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, status=0, seconds=60)
     steps = [record["step"] for record in records(tmp_path / "out")]
-    assert 2 <= len(steps) < 400
+    assert 2 <= len(steps) < STEPS
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [str(steps[-1])]
 
 
