@@ -24,14 +24,15 @@ install: $(VENV)/.installed
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Modules are compiled when they are first imported; of those that come along few are.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --editable . --constraint constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --no-compile --editable . --constraint constraints.txt
 	touch $@
 
 # On Linux the plain wheel of torch brings CUDA; any CPU build of this version will do for the tests.
 # libtpu (0.7 GB) compiles for TPUs on any machine.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev,torch,tpu,corpus]' --constraint constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --no-compile --editable '.[dev,torch,tpu,corpus]' --constraint constraints.txt
 	touch $@
 
 clean:

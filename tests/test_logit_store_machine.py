@@ -1,5 +1,6 @@
 """A store driven at random against a model of it that knows every byte of every file."""
 
+import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -412,7 +413,8 @@ def golden():
 @pytest.mark.usefixtures("golden")
 class TestStore(StoreMachine.TestCase):
     settings = settings(
-        max_examples=70,
+        # More by RETORT_STORE_EXAMPLES, when what it drives is changed.
+        max_examples=int(os.environ.get("RETORT_STORE_EXAMPLES", "30")),
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
