@@ -18,7 +18,9 @@ from apache_beam.options.pipeline_options import (
     SetupOptions,
     StandardOptions,
 )
+from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 from pydantic import Field
 
 from schemas import errors
@@ -71,8 +73,6 @@ class Engine(Document):
                 [
                     "--direct_running_mode=multi_processing",
                     f"--direct_num_workers={self.workers or 0}",
-                    # Workers write to this terminal; their errors come back as exceptions.
-                    "--default_sdk_harness_log_level=CRITICAL",
                 ]
             )
         if self.scheduler is None:
@@ -144,7 +144,7 @@ def run(
     # DoFns live in installed modules, so nothing of __main__ has to travel.
     options.view_as(SetupOptions).save_main_session = False
     named = options.view_as(StandardOptions).runner
-    runner = FnApiRunner() if named in (None, "FnApiRunner") else named
+    runner = _in_this_machine() if named in (None, "FnApiRunner") else named
     try:
         pipeline = beam.Pipeline(runner=runner, options=options)
         _ = (
@@ -174,6 +174,13 @@ def run(
         if foreseen is None:
             raise
         raise foreseen from error
+
+
+def _in_this_machine() -> FnApiRunner:
+    """Beam tells its worker processes no options, and they would log to this terminal."""
+    told = beam_provision_api_pb2.ProvisionInfo(retrieval_token="unused")
+    told.pipeline_options.update({"beam:option:default_sdk_harness_log_level:v1": "CRITICAL"})
+    return FnApiRunner(provision_info=ExtendedProvisionInfo(told))
 
 
 def name_of(options: PipelineOptions | None) -> str:

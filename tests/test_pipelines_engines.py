@@ -115,9 +115,13 @@ def test_the_corpus_has_every_kind_of_poison(whole: Path) -> None:
     assert any(name.startswith("dead_letters/") for name in digest(whole))
 
 
-def test_several_processes_write_the_same_bytes(world: Path, whole: Path, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_bytes(
+    world: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And leave the terminal to the driver, but for what Beam logs before it has options."""
     options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     assert digest(write(world, tmp_path / "store", options)) == digest(whole)
+    assert "INFO:apache_beam" not in capfd.readouterr().err
 
 
 def test_a_dask_cluster_writes_the_same_bytes(
