@@ -5,9 +5,8 @@ weights where they belong, and one process measures, in this order: the matrix r
 in turns, as a card gets slower when it is warm, the bare forward (layers, head, log-sum-exp of
 every position) and the teacher's step as a dump calls it, with sampling; `retort dump`'s own job,
 from a store's tokens to committed shards on a local disk, all but the loading of weights; the turns
-again; the matrix rate again. Rows of 8,192 tokens are one document
-each, the longest attention that there is. The embedding is scaled so that the entropy is about 3.5
-nats, as a good teacher's is. With `--devices 2` the layers are shared; `--no-dump` needs no Beam.
+again; the matrix rate again. Rows of 8,192 tokens are one document each, the longest attention that
+there is. With `--devices 2` the layers are shared; `--no-dump` needs no Beam.
 """
 
 import argparse
@@ -50,7 +49,7 @@ from teacher_dump.teacher import Gemma2Teacher, share, tile_tokens
 
 LENGTH, VOCAB = 8192, 256_000
 SPEC = SamplerSpec(name="systematic", points=24, slots_per_token=18, block_tokens=1024)
-# Standard deviation of Gaussian scores over V ids with entropy ln V - sd^2 / 2 = 3.5 nats.
+# Standard deviation of scores that, Gaussian and without a cap, had an entropy of 3.5 nats.
 SPREAD = 4.2
 # Of what layers add to the stream, so that its last token is not what a random model expects next.
 LOUDNESS = 20.0
@@ -240,8 +239,7 @@ def measure(config: ModelConfig, dtype: TeacherDtype, options: argparse.Namespac
     )
     print(
         f"  {rates}, of which layers and head had {share_of:.1%}; peak {peak / 2**30:.1f} GiB, "
-        f"entropy {entropy:.2f} nats, attention "
-        f"{teacher._execution.attention}",
+        f"entropy {entropy:.2f} nats, attention {teacher._execution.attention}",
         flush=True,
     )
 

@@ -17,6 +17,7 @@ from apache_beam.options.pipeline_options import (
     PipelineOptions,
     SetupOptions,
     StandardOptions,
+    WorkerOptions,
 )
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -144,7 +145,7 @@ def run(
     # DoFns live in installed modules, so nothing of __main__ has to travel.
     options.view_as(SetupOptions).save_main_session = False
     named = options.view_as(StandardOptions).runner
-    runner = _in_this_machine() if named in (None, "FnApiRunner") else named
+    runner = _on_this_machine(options) if named in (None, "FnApiRunner") else named
     try:
         pipeline = beam.Pipeline(runner=runner, options=options)
         _ = (
@@ -176,10 +177,14 @@ def run(
         raise foreseen from error
 
 
-def _in_this_machine() -> FnApiRunner:
-    """Beam tells its worker processes no options, and they would log to this terminal."""
+def _on_this_machine(options: PipelineOptions) -> FnApiRunner:
+    """Beam's own, whose worker processes log to this terminal no more than the options say.
+
+    By itself it tells them no options; their errors come back as exceptions.
+    """
+    level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "CRITICAL"
     told = beam_provision_api_pb2.ProvisionInfo(retrieval_token="unused")
-    told.pipeline_options.update({"beam:option:default_sdk_harness_log_level:v1": "CRITICAL"})
+    told.pipeline_options.update({"beam:option:default_sdk_harness_log_level:v1": level})
     return FnApiRunner(provision_info=ExtendedProvisionInfo(told))
 
 

@@ -53,7 +53,7 @@ class Scoring:
         return jnp.where(columns < self.vocab_size, products / self.temperature, -jnp.inf)
 
     @property
-    def need_maximum(self) -> bool:
+    def needs_maximum(self) -> bool:
         """Whether exponentials of the scores may leave float32."""
         if self.cap is None:
             return True
@@ -161,7 +161,7 @@ def make_tile(products: Array, predicted: Array, scoring: Scoring) -> tuple[Tile
     rows, vocab = products.shape
     products = products.reshape(rows, vocab // CHUNK, CHUNK)
     scores = scoring(products, jnp.arange(vocab).reshape(1, -1, CHUNK))
-    if scoring.need_maximum:
+    if scoring.needs_maximum:
         shift = jnp.max(scores, axis=(1, 2))
     else:
         shift = jnp.zeros((rows,), jnp.float32)

@@ -8,7 +8,6 @@ import base64
 import http.client
 import json
 import os
-import pickle
 import re
 import socket
 import subprocess
@@ -32,7 +31,7 @@ BUCKET = "retort"
 START_SECONDS = 30
 PAGE_KEYS = 1000
 BULK_PATH = "/all-objects"
-"""Of `serve_moto`, not of S3: all objects at once, as a pickle."""
+"""Of `serve_moto`, not of S3: all objects at once, as JSON with their bytes in base64."""
 
 
 @dataclass(frozen=True)
@@ -290,11 +289,11 @@ class S3Bucket(Bucket):
 
     def write_all(self, objects: dict[str, bytes]) -> None:
         """In one request, past moto's S3, which takes several milliseconds for each object."""
-        self.call("POST", BULK_PATH, pickle.dumps(objects))
+        self.call("POST", BULK_PATH, _packed(objects))
 
     def objects(self, prefix: str) -> dict[str, bytes]:
         """In one request too, as moto holds them."""
-        found = pickle.loads(self.call("GET", BULK_PATH))  # noqa: S301
+        found = _unpacked(self.call("GET", BULK_PATH))
         return {
             key.removeprefix(prefix): found[key] for key in sorted(found) if key.startswith(prefix)
         }
@@ -384,6 +383,16 @@ def gcs_bucket() -> Iterator[Bucket]:
         yield bucket
 
 
+def _packed(objects: dict[str, bytes]) -> bytes:
+    return json.dumps(
+        {key: base64.b64encode(raw).decode() for key, raw in objects.items()}
+    ).encode()
+
+
+def _unpacked(packed: bytes) -> dict[str, bytes]:
+    return {key: base64.b64decode(raw) for key, raw in json.loads(packed).items()}
+
+
 def serve_moto(port: int) -> None:
     """moto's server of S3, and beside it a path by which all objects are put and read at once."""
     from moto.core import DEFAULT_ACCOUNT_ID
@@ -401,11 +410,11 @@ def serve_moto(port: int) -> None:
         backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
         asked = Asked(environ)
         if asked.method == "POST":
-            for key, data in pickle.loads(asked.get_data()).items():  # noqa: S301
+            for key, data in _unpacked(asked.get_data()).items():
                 backend.put_object(BUCKET, key, data)
         held = backend.get_bucket(BUCKET).keys
         found = {key: held[key].value for key in held} if asked.method == "GET" else {}
-        return Response(pickle.dumps(found))(environ, start)
+        return Response(_packed(found))(environ, start)
 
     run_simple("127.0.0.1", port, application, threaded=True, request_handler=WSGIRequestHandler)
 
