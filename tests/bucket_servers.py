@@ -71,12 +71,33 @@ class Call:
     body: bytes
 
 
+class Race:
+    """Holds writes of a key until so many writers have found nothing there; then one by one.
+
+    Far enough apart that each can look at what it wrote before the next one writes. `met` counts
+    the writes of each key.
+    """
+
+    def __init__(self, keys: list[str], writers: int, apart_seconds: float = 0.5):
+        self.met = dict.fromkeys(keys, 0)
+        self._apart_seconds = apart_seconds
+        self._lock = threading.Lock()
+        self._barriers = {key: threading.Barrier(writers) for key in keys}
+
+    def enter(self, key: str) -> None:
+        if key in self._barriers:
+            with self._lock:
+                self.met[key] += 1
+            time.sleep(self._apart_seconds * self._barriers[key].wait(START_SECONDS))
+
+
 class Front(ThreadingHTTPServer):
     """Passes requests on to the server at `port` and keeps a record of them.
 
     `answer`, if set, is the status and body of every answer from then on; `refuse_once` holds
     statuses for the next writes, which the server does not see. `page_keys` is how many keys a
-    listing has at most before it must be continued; the real services have a thousand.
+    listing has at most before it must be continued; the real services have a thousand. Writes go
+    through `race`, if set.
     """
 
     daemon_threads = True
@@ -90,6 +111,7 @@ class Front(ThreadingHTTPServer):
         self.answer: tuple[int, bytes] | None = None
         self.refuse_once: list[int] = []
         self.page_keys = PAGE_KEYS
+        self.race: Race | None = None
         self.turns = threading.Lock()
         self.cut = threading.Lock()
 
@@ -204,6 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command in ("PUT", "POST") and self.server.refuse_once:
             status, given, answer = self.server.refuse_once.pop(0), [], b""
         else:
+            asked = Request(self.command, self.path, headers, 0)
+            if asked.is_write and self.server.race is not None:
+                self.server.race.enter(asked.key)
             status, given, answer = self.server.pass_on(call)
         self.server.requests.append(Request(self.command, self.path, headers, status))
         self.send_response_only(status)
