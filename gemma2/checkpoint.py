@@ -26,12 +26,11 @@ from safetensors.numpy import save_file
 from gemma2.model import Params, init_params
 from gemma2.placement import ALONE, Placement
 from schemas.errors import CheckpointError
-from schemas.model import ModelConfig
+from schemas.model import TOKENIZER_FILE, ModelConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILE = "tokenizer.model"
 _SHARD_FILE = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # Ours in a layer -> (theirs, whether theirs is transposed).

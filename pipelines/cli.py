@@ -14,9 +14,10 @@ from typing import Any
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from rich.console import Console
 
-from pipelines import verbs
+from pipelines import arguments, verbs
 from schemas.base import Document, load_yaml
 from schemas.errors import ConfigError, RetortError
+from schemas.runs import EvalConfig, QuickstartConfig
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -40,31 +41,31 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "quickstart": Verb(verbs.QuickstartConfig, verbs.quickstart),
-    "tokenize": Verb(verbs.TokenizeArguments, verbs.tokenize, beam_options=True),
-    "dump": Verb(verbs.DumpArguments, verbs.dump, beam_options=True),
-    "inspect": Verb(verbs.InspectArguments, verbs.inspect, on_interrupt=_ONLY_READS),
-    "show": Verb(verbs.ShowArguments, verbs.show, on_interrupt=_ONLY_READS),
-    "verify": Verb(verbs.VerifyArguments, verbs.verify, on_interrupt=_ONLY_READS),
-    "repair": Verb(verbs.RepairArguments, verbs.repair),
-    "diff": Verb(verbs.DiffArguments, verbs.diff, on_interrupt=_ONLY_READS),
-    "serve": Verb(verbs.ServeArguments, verbs.serve, on_interrupt=_SERVED),
-    "stats": Verb(verbs.StatsArguments, verbs.stats, on_interrupt=_ONLY_READS),
-    "train": Verb(verbs.TrainArguments, verbs.train),
-    "eval": Verb(verbs.EvalConfig, verbs.evaluate, on_interrupt=_ONLY_READS),
-    "export": Verb(verbs.ExportArguments, verbs.export),
-    "compile": Verb(verbs.CompileArguments, verbs.compile_step, on_interrupt=_ONLY_READS),
-    "plan": Verb(verbs.PlanArguments, verbs.plan, on_interrupt=_ONLY_READS),
+    "quickstart": Verb(QuickstartConfig, verbs.quickstart),
+    "tokenize": Verb(arguments.TokenizeArguments, verbs.tokenize, beam_options=True),
+    "dump": Verb(arguments.DumpArguments, verbs.dump, beam_options=True),
+    "inspect": Verb(arguments.InspectArguments, verbs.inspect, on_interrupt=_ONLY_READS),
+    "show": Verb(arguments.ShowArguments, verbs.show, on_interrupt=_ONLY_READS),
+    "verify": Verb(arguments.VerifyArguments, verbs.verify, on_interrupt=_ONLY_READS),
+    "repair": Verb(arguments.RepairArguments, verbs.repair),
+    "diff": Verb(arguments.DiffArguments, verbs.diff, on_interrupt=_ONLY_READS),
+    "serve": Verb(arguments.ServeArguments, verbs.serve, on_interrupt=_SERVED),
+    "stats": Verb(arguments.StatsArguments, verbs.stats, on_interrupt=_ONLY_READS),
+    "train": Verb(arguments.TrainArguments, verbs.train),
+    "eval": Verb(EvalConfig, verbs.evaluate, on_interrupt=_ONLY_READS),
+    "export": Verb(arguments.ExportArguments, verbs.export),
+    "compile": Verb(arguments.CompileArguments, verbs.compile_step, on_interrupt=_ONLY_READS),
+    "plan": Verb(arguments.PlanArguments, verbs.plan, on_interrupt=_ONLY_READS),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if arguments else EXIT_ERROR
-    name, *rest = arguments
+        return 0 if words else EXIT_ERROR
+    name, *rest = words
     if name not in VERBS:
         print(
             f"retort: the verb must be one of {', '.join(VERBS)}, but it is '{name}'; "
@@ -91,17 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def parse(name: str, arguments: type[Document], flags: Sequence[str]) -> Any:
+def parse(name: str, kind: type[Document], flags: Sequence[str]) -> Any:
     """Defaults, then the YAML file of `--config`, then flags; checked as one document.
 
     Raises ConfigError for a broken rule; exits through argparse on an unknown flag or `--help`.
     """
     flags, file = _take_config_file(list(flags))
     settings = type(
-        arguments.__name__,
-        (BaseSettings, arguments),
+        kind.__name__,
+        (BaseSettings, kind),
         {
-            "__doc__": f"{arguments.__doc__} `--config FILE` reads fields from YAML first.",
+            "__doc__": f"{kind.__doc__} `--config FILE` reads fields from YAML first.",
             "model_config": SettingsConfigDict(
                 cli_prog_name=f"retort {name}",
                 cli_enforce_required=False,
@@ -114,7 +115,7 @@ def parse(name: str, arguments: type[Document], flags: Sequence[str]) -> Any:
     )
     given = CliSettingsSource(settings, cli_parse_args=flags)()
     merged = _merge(load_yaml(file) if file else {}, given)
-    return arguments.parse(merged, file or "command line")
+    return kind.parse(merged, file or "command line")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

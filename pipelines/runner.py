@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Literal
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import (
@@ -22,8 +21,8 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
-from pydantic import Field
 
+from pipelines.arguments import Engine
 from schemas import errors
 from schemas.base import Document
 
@@ -31,57 +30,40 @@ from schemas.base import Document
 logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
 
 
-class Engine(Document):
-    """Where a job's shards are written. The store has the same bytes whichever it is."""
-
-    runner: Literal["memory", "processes", "dask"] = Field(
-        "memory",
-        description="This process, several of this machine, or a Dask cluster. Beam's own "
-        "options after `--` name others.",
-    )
-    workers: int | None = Field(
-        None, ge=1, description="Processes of the runner `processes`; default: one for each core."
-    )
-    scheduler: str | None = Field(
-        None,
-        description="Address of the Dask scheduler, as tcp://HOST:8786. Its workers must reach the "
-        "store, the corpus and the teacher by the same names, and have this package installed.",
-    )
-
-    def options(self, beam_options: Sequence[str] | None = None) -> PipelineOptions:
-        """Beam's options for it. Raises ConfigError for flags that do not go together."""
-        wanted = self.runner
-        if beam_options:
-            if self != Engine():
-                raise errors.ConfigError(
-                    "The engine must be named once, but there are --runner, --workers or "
-                    "--scheduler and also options after `--`; leave out either."
-                )
-            return parse_options(beam_options)
-        for flag, value, runner in (
-            ("workers", self.workers, "processes"),
-            ("scheduler", self.scheduler, "dask"),
-        ):
-            if value is not None and wanted != runner:
-                raise errors.ConfigError(
-                    f"--{flag} is for --runner {runner}, but the runner is '{wanted}'; name that "
-                    "runner or leave the flag out."
-                )
-        if wanted == "memory":
-            return parse_options([])
-        if wanted == "processes":
-            return parse_options(
-                [
-                    "--direct_running_mode=multi_processing",
-                    f"--direct_num_workers={self.workers or 0}",
-                ]
-            )
-        if self.scheduler is None:
+def options_of(engine: Engine, beam_options: Sequence[str] | None = None) -> PipelineOptions:
+    """Beam's options for an engine. Raises ConfigError for flags that do not go together."""
+    wanted = engine.runner
+    if beam_options:
+        if engine != Engine():
             raise errors.ConfigError(
-                "--runner dask needs the address of a scheduler; start `dask scheduler` and "
-                "`dask worker` and pass --scheduler tcp://HOST:8786."
+                "The engine must be named once, but there are --runner, --workers or "
+                "--scheduler and also options after `--`; leave out either."
             )
-        return parse_options(["--runner=DaskRunner", f"--dask_client_address={self.scheduler}"])
+        return parse_options(beam_options)
+    for flag, value, runner in (
+        ("workers", engine.workers, "processes"),
+        ("scheduler", engine.scheduler, "dask"),
+    ):
+        if value is not None and wanted != runner:
+            raise errors.ConfigError(
+                f"--{flag} is for --runner {runner}, but the runner is '{wanted}'; name that "
+                "runner or leave the flag out."
+            )
+    if wanted == "memory":
+        return parse_options([])
+    if wanted == "processes":
+        return parse_options(
+            [
+                "--direct_running_mode=multi_processing",
+                f"--direct_num_workers={engine.workers or 0}",
+            ]
+        )
+    if engine.scheduler is None:
+        raise errors.ConfigError(
+            "--runner dask needs the address of a scheduler; start `dask scheduler` and "
+            "`dask worker` and pass --scheduler tcp://HOST:8786."
+        )
+    return parse_options(["--runner=DaskRunner", f"--dask_client_address={engine.scheduler}"])
 
 
 # Beam knows it by its full name alone.

@@ -6,7 +6,7 @@ from pathlib import Path
 from logit_store.inspect.text import Pieces
 from logit_store.inspect.web.stores import Served, Student
 from logit_store.reader import TokensReader, check_tokenizer
-from pipelines import training
+from schemas.model import TOKENIZER_FILE
 from teacher_dump.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ def find_tokenizer(store: str, given: Path | None) -> Tokenizer | None:
     if path is None:
         if "://" in store:
             return None
-        path = Path(store).absolute().parent / training.TOKENIZER_FILE
+        path = Path(store).absolute().parent / TOKENIZER_FILE
         if not path.exists():
             return None
     tokenizer = Tokenizer.load(path)

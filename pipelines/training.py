@@ -7,6 +7,7 @@ from rich.console import Console
 from logit_store.reader import TokensReader, check_tokenizer
 from pipelines import progress
 from schemas.errors import ConfigError
+from schemas.model import TOKENIZER_FILE
 from schemas.runs import EvalConfig, ExportConfig, TrainConfig
 from student_train import evaluate as evaluation
 from student_train import export as exporting
@@ -18,8 +19,6 @@ from student_train.loop import dry_run as measure_run
 from student_train.loop import train as run_training
 from student_train.report import TrainEvent
 from teacher_dump.tokenizer import Tokenizer
-
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def train(config: TrainConfig, console: Console, label: str = "train") -> TrainResult:

@@ -8,6 +8,9 @@ from schemas.base import Document
 
 Remat = Literal["none", "dots", "attention", "full"]
 
+# The SentencePiece model beside a model's weights or beside a store.
+TOKENIZER_FILE = "tokenizer.model"
+
 
 class ModelConfig(Document):
     """A Gemma 2 decoder (arXiv 2408.00118); `gemma2.presets` has the published sizes."""

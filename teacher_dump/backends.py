@@ -14,6 +14,7 @@ import numpy as np
 from gemma2 import checkpoint
 from schemas.errors import CheckpointError, ConfigError, ManifestMismatchError
 from schemas.manifest import Backend, TeacherDtype, TeacherInfo, TokenizerInfo
+from schemas.model import TOKENIZER_FILE
 from teacher_dump.teacher import Gemma2Teacher, Teacher, check_ids
 
 _GEMMA2 = "gemma2"
@@ -103,13 +104,13 @@ def check_tokenizer(folder: str | Path, tokenizer: TokenizerInfo) -> None:
     must be it. A `tokenizer.json` alone, which no SentencePiece file equals, must have as many ids.
     A folder with neither is taken at its word.
     """
-    paths = [Path(folder) / name for name in (checkpoint.TOKENIZER_FILE, _TOKENIZER_JSON)]
+    paths = [Path(folder) / name for name in (TOKENIZER_FILE, _TOKENIZER_JSON)]
     found = {path: path.read_bytes() for path in paths if path.is_file()}
     digests = {path.name: hashlib.sha256(raw).hexdigest() for path, raw in found.items()}
     if not found or tokenizer.sha256 in digests.values():
         return
     sizes = ""
-    if checkpoint.TOKENIZER_FILE not in digests:
+    if TOKENIZER_FILE not in digests:
         ids = _json_ids(paths[1], found[paths[1]])
         if ids == tokenizer.vocab_size:
             return

@@ -226,7 +226,7 @@ def test_ctrl_c_in_what_only_reads_promises_nothing(capsys, monkeypatch, store):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.verbs, "verify_store", interrupted)
+    monkeypatch.setattr("logit_store.verify.verify", interrupted)
     status, _, err = run(capsys, "verify", str(store))
     said = "retort verify: interrupted; nothing was changed."
     assert (status, err.splitlines()[-1]) == (130, said)
@@ -244,3 +244,16 @@ def test_terminal_output_fits_80_columns_and_pipes(store):
     assert done.stdout == "{"
     assert "Traceback" not in done.stderr
     assert shutil.which("bash")
+
+
+def test_what_only_reads_waits_for_neither_beam_nor_jax(store):
+    code = """if True:
+        import sys
+        from pipelines import cli
+        for words in (["--help"], ["inspect", sys.argv[1]], ["verify", sys.argv[1]]):
+            assert cli.main(words) == 0
+        print(sorted({"apache_beam", "jax", "orbax"} & set(sys.modules)))
+    """
+    command = [sys.executable, "-c", code, str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -16,7 +16,7 @@ from rich.console import Console
 from logit_store import manifests
 from logit_store.verify import verify
 from pipelines import cli, dump, runner, tokenize
-from pipelines.runner import Engine
+from pipelines.arguments import Engine
 from schemas.errors import ConfigError
 from schemas.runs import CorpusConfig
 
@@ -164,7 +164,7 @@ def test_an_error_of_a_dask_worker_is_the_users_sentence(
     (tmp_path / "corpus" / "a.jsonl").symlink_to(tmp_path / "absent")
     corpus = CorpusConfig(paths=(str(tmp_path / "corpus"),))
     config = tokenize_config(world, tmp_path / "store", corpus=corpus)
-    options = Engine(runner="dask", scheduler=scheduler).options()
+    options = runner.options_of(Engine(runner="dask", scheduler=scheduler))
     with pytest.raises(ConfigError, match=r"must be readable, but .*a\.jsonl is not"):
         tokenize.tokenize(config, QUIET, options)
 
@@ -190,4 +190,4 @@ def test_engines_that_are_named_wrongly(
 def test_dask_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'retort\[dask\]'"):
-        Engine(runner="dask", scheduler="tcp://h:1").options()
+        runner.options_of(Engine(runner="dask", scheduler="tcp://h:1"))
