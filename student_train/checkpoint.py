@@ -98,6 +98,9 @@ class RunIdentity(Document):
     def check(self, found: Self, where: Path) -> None:
         """Raise CheckpointError naming each field in which the stored run differs from this."""
         ours, theirs = _flat(self.model_dump(mode="json")), _flat(found.model_dump(mode="json"))
+        # A run from before there was a setting ran as its default does.
+        defaults = _flat({"settings": TrainConfig(store="", out=Path()).model_dump(mode="json")})
+        theirs |= {name: defaults[name] for name in ours.keys() & defaults.keys() - theirs.keys()}
         differing = [
             f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
             for name in sorted(ours.keys() | theirs.keys())

@@ -60,6 +60,14 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_run_from_before_a_setting_was_there_had_its_default() -> None:
+    now = RUN.model_copy(update={"settings": {"a": 1, "float8_mlp": False}})
+    now.check(RUN, Path("run"))
+    now.settings["float8_mlp"] = True
+    with pytest.raises(CheckpointError, match=r"settings.float8_mlp is False there and True here"):
+        now.check(RUN, Path("run"))
+
+
 def test_every_field_of_the_state_comes_back(saved: Path) -> None:
     with Checkpoints(saved, keep=2) as checkpoints:
         assert checkpoints.steps() == [4, 8]
