@@ -38,6 +38,8 @@ def stand_in(
     return unnormalised.astype(hidden.dtype) if gradient else None, sums
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CUTS = {
     "rows halved": Tiles(),
     "columns halved": Tiles(by_rows=False),

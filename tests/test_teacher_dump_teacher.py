@@ -23,6 +23,7 @@ from teacher_dump import teacher as teachers
 from teacher_dump.targets import begin_rows
 from teacher_dump.teacher import Gemma2Teacher, RowCandidates
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 ROWS, LENGTH, BLOCK = 5, 32, 8
 VOCAB, POINTS = 301, 12
 MODEL = ModelConfig(
