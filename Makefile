@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes that share the tests, file by file; each takes up to 3 GB. Tests also wait, for servers and
-# for other processes: three keep two cores busy.
-WORKERS ?= 3
+# Processes that share the tests, file by file; each takes up to 3 GB. On two cores a third gains nothing.
+WORKERS ?= 2
 
 .PHONY: quickstart test lint install clean
 

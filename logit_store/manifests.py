@@ -32,7 +32,13 @@ def read_manifest(url: str, name: str | None) -> Manifest:
     raw = storage.read_bytes(storage.open_kvstore(url, path), layout.GROUP_KEY)
     what = "tokens" if name is None else f"targets '{name}'"
     if raw is None:
-        known = "" if name is None else f"; it has {', '.join(list_targets(url)) or 'none'}"
+        sets = [] if name is None else list_targets(url)
+        if name in sets:
+            raise StoreNotFoundError(
+                f"A manifest must be beside its copy, but of {what} {url} has the copy alone; "
+                f"run `retort repair {url}`."
+            )
+        known = "" if name is None else f"; it has {', '.join(sets) or 'none'}"
         raise StoreNotFoundError(
             f"A store must have been created before it is read, but {url} holds no {what}{known}; "
             f"check the path or run `retort {'tokenize' if name is None else 'dump'}` first."

@@ -360,6 +360,9 @@ def test_a_store_or_set_that_is_not_there_is_named(store, tmp_path):
         reader.TargetsReader(store, "best")
     with pytest.raises(ConfigError, match="ftp://x"):
         reader.TokensReader("ftp://x/y")
+    (Path(store) / "targets/default/zarr.json").unlink()
+    with pytest.raises(StoreNotFoundError, match=r"the copy alone; run `retort repair"):
+        reader.TargetsReader(store, "default")
 
 
 def test_rows_of_an_uncommitted_shard_are_refused(store):
