@@ -5,12 +5,17 @@ elements are names of work and never data. That shape gives the same bytes on ev
 tried; others lose elements on some. Results go to the store, not through Beam.
 """
 
+import contextlib
 import logging
 import re
+import sys
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import apache_beam as beam
+import psutil
 from apache_beam.options.pipeline_options import (
     DirectOptions,
     PipelineOptions,
@@ -18,9 +23,14 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
     WorkerOptions,
 )
+from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
+from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
+    SubprocessSdkWorkerHandler,
+    WorkerHandler,
+)
 
 from pipelines.arguments import Engine
 from schemas import errors
@@ -164,10 +174,41 @@ def _on_this_machine(options: PipelineOptions) -> FnApiRunner:
 
     By itself it tells them no options; their errors come back as exceptions.
     """
+    threading.excepthook = _say_no_more
     level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "CRITICAL"
     told = beam_provision_api_pb2.ProvisionInfo(retrieval_token="unused")
     told.pipeline_options.update({"beam:option:default_sdk_harness_log_level:v1": level})
     return FnApiRunner(provision_info=ExtendedProvisionInfo(told))
+
+
+@WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
+class _WorkerProcess(SubprocessSdkWorkerHandler):
+    """Beam's, but Ctrl-C is the driver's alone, which then ends its worker processes.
+
+    By itself Beam waits for them then, and they wait for work; or, where a terminal sends the
+    signal to all, each says in its own traceback that it was interrupted.
+    """
+
+    was_interrupted = False
+
+    def __init__(self, command: bytes, *others: Any):
+        super().__init__(b"trap '' INT; exec " + command, *others)
+
+    def stop_worker(self) -> None:
+        if isinstance(sys.exception(), KeyboardInterrupt):
+            _WorkerProcess.was_interrupted = True
+            for process in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    if any("sdk_worker_main" in word for word in process.cmdline()):
+                        # What they wrote is whole or not there, as after any end of a process.
+                        process.kill()
+        super().stop_worker()
+
+
+def _say_no_more(args: threading.ExceptHookArgs) -> None:
+    """What threads of an interrupted job miss is of no interest; before, all is said as ever."""
+    if not _WorkerProcess.was_interrupted:
+        threading.__excepthook__(args)
 
 
 def name_of(options: PipelineOptions | None) -> str:

@@ -211,10 +211,13 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, compiled, tmp_p
     assert digest(store) == digest(whole)
 
 
-def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_path):
+@pytest.mark.parametrize("runner", ["memory", "processes"])
+def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_path, runner):
+    """The driver alone gets the signal; in a terminal its worker processes do too."""
     store = tmp_path / "store"
     tokenize.tokenize(tokenize_config(world, store), QUIET)
     command = [sys.executable, "-m", "pipelines.cli", "dump", *flags(dump_config(world, store))]
+    command += ["--runner", runner]
     # Not with a program that was kept: processes that compile for themselves write the same bytes.
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with subprocess.Popen(
@@ -227,9 +230,11 @@ def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_
         process.send_signal(signal.SIGINT)
         _, message = process.communicate(timeout=120)
     assert process.returncode == 130, message
-    assert message.strip().splitlines() == [
-        "retort dump: interrupted; what was committed is kept, and the same command continues."
-    ]
+    said = message.strip().splitlines()
+    sentence = "interrupted; what was committed is kept, and the same command continues."
+    assert said[-1] == f"retort dump: {sentence}"
+    # What worker processes say when they start is not of the end.
+    assert said[:-1] == [] if runner == "memory" else "Traceback" not in message, message
     committed = reader.TargetsReader(str(store), "default").committed
     assert 0 < committed.sum() < len(committed)
     dump.dump(dump_config(world, store), QUIET)
