@@ -53,8 +53,8 @@ def trained_product(x: Array, kernel: Array) -> Array:
     """x [n, inputs] times kernel [inputs, outputs] in x's dtype, with gradients of both.
 
     This product, and that of the gradient of x, are in float8; the gradient of the kernel, a sum
-    over all tokens, is in x's dtype. Of torchao's recipes for float8 training the one called
-    "rowwise with high-precision weight gradients".
+    over all tokens, is in x's dtype. After torchao's recipe ROWWISE_WITH_GW_HP, which also keeps
+    that gradient in high precision; scales are not rounded to powers of two here.
     """
     return product(x, quantize(kernel))
 

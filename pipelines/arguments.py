@@ -69,10 +69,6 @@ class TrainArguments(TrainConfig, OutputArguments):
             raise ValueError("json is of use with dry-run alone; give --dry-run too")
         return self
 
-    def config(self) -> TrainConfig:
-        """The run, without how it was asked for."""
-        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
-
 
 class CompileArguments(CompileConfig, OutputArguments):
     """Compile the training step for a TPU pod, on any machine: `retort compile`."""

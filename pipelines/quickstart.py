@@ -22,7 +22,7 @@ from logit_store import reader, statistics
 from pipelines import dump, progress, report, tokenize, training
 from schemas.base import Document
 from schemas.errors import ConfigError
-from schemas.model import ModelConfig
+from schemas.model import TOKENIZER_FILE, ModelConfig
 from schemas.runs import (
     CorpusConfig,
     DumpConfig,
@@ -261,7 +261,7 @@ def _corpus_paths(out: Path, store: str) -> tuple[str, ...]:
 
 def _train_tokenizer(out: Path, size: Size, console: Console) -> Path:
     """SentencePiece on the training documents; reused if it is there."""
-    path = out / "tokenizer.model"
+    path = out / TOKENIZER_FILE
     if path.exists():
         console.print("tokenizer: reused")
         return path

@@ -174,6 +174,7 @@ def _on_this_machine(options: PipelineOptions) -> FnApiRunner:
 
     By itself it tells them no options; their errors come back as exceptions.
     """
+    _WorkerProcess.was_interrupted = False
     threading.excepthook = _say_no_more
     level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "CRITICAL"
     told = beam_provision_api_pb2.ProvisionInfo(retrieval_token="unused")
@@ -205,10 +206,16 @@ class _WorkerProcess(SubprocessSdkWorkerHandler):
         super().stop_worker()
 
 
+_say = threading.excepthook
+# Those that talk with worker processes, or wait for one.
+_BEAMS_THREADS = ("run_worker", "read_grpc_client_inputs", "beam_control_read")
+
+
 def _say_no_more(args: threading.ExceptHookArgs) -> None:
-    """What threads of an interrupted job miss is of no interest; before, all is said as ever."""
-    if not _WorkerProcess.was_interrupted:
-        threading.__excepthook__(args)
+    """What Beam's own threads miss of an interrupted job is no news; all else is said as ever."""
+    is_beams = args.thread is not None and args.thread.name in _BEAMS_THREADS
+    if not (is_beams and _WorkerProcess.was_interrupted):
+        _say(args)
 
 
 def name_of(options: PipelineOptions | None) -> str:

@@ -31,7 +31,14 @@ from pipelines.arguments import (
 from schemas.base import Document
 from schemas.errors import ConfigError, CorruptStoreError, StoreNotFoundError
 from schemas.model import TOKENIZER_FILE
-from schemas.runs import DumpConfig, EvalConfig, ExportConfig, QuickstartConfig, TokenizeConfig
+from schemas.runs import (
+    DumpConfig,
+    EvalConfig,
+    ExportConfig,
+    QuickstartConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from student_train.evaluate import Evaluation
@@ -76,7 +83,7 @@ def dump(arguments: DumpArguments, console: Console, beam_options: list[str] | N
 def train(arguments: TrainArguments, console: Console) -> int:
     from pipelines import train_view, training
 
-    config = arguments.config()
+    config = _part(arguments, TrainConfig)
     if arguments.dry_run:
         found = training.dry_run(config)
         data = found.model_dump(mode="json")

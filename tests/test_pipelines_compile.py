@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gemma2 import flops, splash
+from gemma2 import attention, flops, splash
 from pipelines import cli, collectives, topology
 from pipelines.collectives import Collective
 from pipelines.products import product_flops
@@ -277,6 +277,17 @@ def test_a_product_in_a_loop_of_unknown_length_is_refused():
 
     with pytest.raises(ValueError, match="cannot be counted"):
         product_flops(jax.jit(program).trace(jnp.zeros((2, 2))))
+
+
+@pytest.mark.parametrize(("name", "block"), [("splash", 1024), ("splash_v4", 512)])
+def test_a_generation_has_blocks_of_its_own(name, block):
+    query, segments = jnp.zeros((1, 2048, 1, 128)), jnp.ones((1, 2048), jnp.int32)
+
+    def forward(q: Any) -> Any:
+        return attention.KERNELS[name].run(q, q, q, segments, cap=50.0, window=None)
+
+    visited = (2048 // block) * (2048 // block + 1) // 2 * block**2
+    assert product_flops(jax.jit(forward).trace(query)) == 2 * 2 * visited * 128
 
 
 @pytest.mark.parametrize(("window", "visited"), [(None, 10), (128, 7), (129, 7), (130, 9)])
