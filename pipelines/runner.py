@@ -186,8 +186,8 @@ def _on_this_machine(options: PipelineOptions) -> FnApiRunner:
 class _WorkerProcess(SubprocessSdkWorkerHandler):
     """Beam's, but Ctrl-C is the driver's alone, which then ends its worker processes.
 
-    By itself Beam waits for them then, and they wait for work; or, where a terminal sends the
-    signal to all, each says in its own traceback that it was interrupted.
+    By itself Beam never tells a process to end that has not called it yet, and waits for it. And
+    where a terminal sends the signal to all, each says in a traceback that it was interrupted.
     """
 
     was_interrupted = False

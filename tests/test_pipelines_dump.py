@@ -1,5 +1,6 @@
 """Tokenize and dump through Beam: the same bytes on every runner, however often it is killed."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from dump_world import TEACHER, digest, dump_config, flags, make_world, tokenize_config
 from rich.console import Console
@@ -29,6 +31,9 @@ from schemas.runs import CorpusConfig, SamplerConfig
 from teacher_dump import tokenizer as tokenizers
 
 QUIET = Console(quiet=True)
+INTERRUPTED = (
+    "retort dump: interrupted; what was committed is kept, and the same command continues."
+)
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
@@ -211,13 +216,10 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(world, whole, compiled, tmp_p
     assert digest(store) == digest(whole)
 
 
-@pytest.mark.parametrize("runner", ["memory", "processes"])
-def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_path, runner):
-    """The driver alone gets the signal; in a terminal its worker processes do too."""
+def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_path):
     store = tmp_path / "store"
     tokenize.tokenize(tokenize_config(world, store), QUIET)
     command = [sys.executable, "-m", "pipelines.cli", "dump", *flags(dump_config(world, store))]
-    command += ["--runner", runner]
     # Not with a program that was kept: processes that compile for themselves write the same bytes.
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with subprocess.Popen(
@@ -230,16 +232,41 @@ def test_ctrl_c_in_a_dump_says_one_sentence_and_loses_nothing(world, whole, tmp_
         process.send_signal(signal.SIGINT)
         _, message = process.communicate(timeout=120)
     assert process.returncode == 130, message
-    said = message.strip().splitlines()
-    sentence = "interrupted; what was committed is kept, and the same command continues."
-    assert said[-1] == f"retort dump: {sentence}"
-    assert "Traceback" not in message
-    # Worker processes say something when they start, which is not of the end.
-    assert len(said) == 1 or runner == "processes"
+    assert message.strip().splitlines() == [INTERRUPTED]
     committed = reader.TargetsReader(str(store), "default").committed
     assert 0 < committed.sum() < len(committed)
     dump.dump(dump_config(world, store), QUIET)
     assert digest(store) == digest(whole)
+
+
+def test_ctrl_c_before_worker_processes_answer_ends_them(world, tmp_path):
+    """Beam never tells those to end that have not called it. The signal is to the driver alone."""
+    store = tmp_path / "store"
+    tokenize.tokenize(tokenize_config(world, store), QUIET)
+    command = [sys.executable, "-m", "pipelines.cli", "dump", *flags(dump_config(world, store))]
+    with subprocess.Popen(
+        [*command, "--runner", "processes", "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        driver, workers = psutil.Process(process.pid), []
+        deadline = time.monotonic() + 300
+        while len(workers) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            workers = driver.children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, message = process.communicate(timeout=60)
+            _, left = psutil.wait_procs(workers, timeout=10)
+        finally:
+            for one in (driver, *workers):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+    assert process.returncode == 130, message
+    assert message.strip().splitlines()[-1] == INTERRUPTED
+    assert "Traceback" not in message
+    assert left == []
 
 
 def test_a_dump_over_unfinished_tokens_is_refused(world, tmp_path):
