@@ -15,6 +15,9 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+import os
+DEFER = os.environ.get('DEFER','1')=='1'
+
 
 def attention(
     query: Array,
@@ -143,6 +146,45 @@ def _backward(cap: float, kept: _Residuals, gradient: Array) -> tuple[Any, ...]:
         kernel=kernels.prepare(size),
         name="flash_backward_prepare",
     )
+    if size == 256:
+        from gemma2 import flash_pairs
+
+        sums, key_gradient, value_gradient = cutejax.call(
+            flash_pairs.run_backward,
+            [
+                float32(query_sums.shape),
+                jax.ShapeDtypeStruct(kept.key.shape, kept.key.dtype),
+                jax.ShapeDtypeStruct(kept.value.shape, kept.value.dtype),
+            ],
+            kept.query,
+            kept.key,
+            kept.value,
+            gradient,
+            log2_sum,
+            product_sum,
+            query_sums,
+            kept.bounds,
+            in_specs=[heads_spec] * 4 + [sums_spec] * 3 + [None],
+            out_specs=[sums_spec, heads_spec, heads_spec],
+            input_output_aliases={6: 0},
+            kernel=flash_pairs.backward(heads // kv_heads, cap, DEFER),
+            name="flash_backward",
+        )
+        query_gradient = cutejax.call(
+            kernels.run_convert,
+            jax.ShapeDtypeStruct(kept.query.shape, kept.query.dtype),
+            sums,
+            in_specs=[sums_spec],
+            out_specs=heads_spec,
+            kernel=flash_pairs.convert(),
+            name="flash_backward_convert",
+        )
+        return (
+            query_gradient,
+            key_gradient,
+            value_gradient,
+            np.zeros(kept.bounds.shape, jax.dtypes.float0),
+        )
     key_zeros = jnp.zeros((batch, kv_heads, key_rows * size), jnp.float32)
     zeros = [query_sums, key_zeros, key_zeros]
     found = cutejax.call(

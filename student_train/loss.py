@@ -244,19 +244,26 @@ def _scan_chunks(
         dx = jnp.einsum("cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32)
         dx = _over_vocabulary(head, lax.psum, scale[:, None] * dx)
         dw = jnp.einsum("cv,cd->vd", unnormalised, scaled, preferred_element_type=jnp.float32)
-        return table_gradient + dw, (losses, dx.astype(hidden.dtype))
+        if table_gradient is not None:
+            dw = table_gradient + dw
+        return dw, (losses, dx.astype(hidden.dtype))
 
-    # The carry is as large as one float32 table: it is the gradient itself.
+    chunks = _split_chunks(head, hidden, targets)
+
+    def step_at(table_gradient: Any, at: Any) -> tuple[Any, Any]:
+        return step(table_gradient, jax.tree.map(lambda x: x[at], chunks))
+
+    # The carry is as large as one float32 table: it is the gradient itself. The first chunk makes
+    # it; zeros would have to be written, and read to be added to.
+    peeled = 1 if with_gradients else 0
     carry: Any = None
-    if with_gradients:
-        carry = jnp.zeros(weights.shape, jnp.float32)
-        varying = (
-            head.batch_axes if head.vocab_axis is None else (*head.batch_axes, head.vocab_axis)
-        )
-        if varying:
-            carry = lax.pcast(carry, varying, to="varying")
-    carry, ((chunk_kd, chunk_ce), chunk_dx) = lax.scan(
-        step, carry, _split_chunks(head, hidden, targets)
+    found: list[Any] = []
+    for at in range(peeled):
+        carry, first = step_at(carry, at)
+        found.append(jax.tree.map(lambda x: x[None], first))
+    carry, rest = lax.scan(step_at, carry, jnp.arange(peeled, len(chunks.hidden)))
+    (chunk_kd, chunk_ce), chunk_dx = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), *found, rest
     )
     batch, tokens, width = hidden.shape
     kd = chunk_kd.reshape(-1)[: batch * tokens].reshape(batch, tokens)

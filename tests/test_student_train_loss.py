@@ -278,7 +278,8 @@ def test_without_differentiation_no_gradient_product_is_done() -> None:
         return jax.jit(function).lower(hidden, table).as_text().count("dot_general")
 
     assert products(loss) == 1
-    assert products(jax.grad(loss, argnums=(0, 1))) == 3
+    # Of the first chunk and, in a loop, of the others.
+    assert products(jax.grad(loss, argnums=(0, 1))) == 2 * 3
 
 
 def test_rows_that_are_not_whole_blocks_are_refused() -> None:
