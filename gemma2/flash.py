@@ -1,8 +1,8 @@
 """FlashAttention-4 for Hopper GPUs in JAX: windows and packed documents, forward and backward.
 
 The kernels (`gemma2.flash_kernels`) are called through JAX's foreign function interface. Gradients
-of queries, and of keys that several heads share, are added by atomic operations, whose order
-changes from run to run: two runs differ in the last bits of a gradient.
+of queries, and with heads of 128 those of keys that several heads share, are added by atomic
+operations, whose order changes from run to run: two runs differ in the last bits of a gradient.
 """
 
 from functools import partial
@@ -14,9 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-
-import os
-DEFER = os.environ.get('DEFER','1')=='1'
 
 
 def attention(
@@ -98,7 +95,7 @@ def _forward(
 
     cutejax = _cutejax()
     batch, length, heads, size = query.shape
-    heads_spec = cutejax.ArraySpec(static_dims=(2, 3))
+    heads_spec = _heads_spec()
     out, log_sum = cutejax.call(
         kernels.run_forward,
         [
@@ -122,74 +119,75 @@ def _forward(
 def _backward(cap: float, kept: _Residuals, gradient: Array) -> tuple[Any, ...]:
     from gemma2 import flash_kernels as kernels
 
-    cutejax = _cutejax()
     batch, length, heads, size = kept.query.shape
-    kv_heads = kept.key.shape[2]
-    tiles = kernels.BACKWARD_TILES[size]
-    heads_spec = cutejax.ArraySpec(static_dims=(2, 3))
-    sums_spec = cutejax.ArraySpec(divisibility=4)
-    float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-
-    def padded(tile: int) -> int:
-        return -(-length // tile) * tile
-
-    rows, key_rows = padded(tiles.queries), padded(tiles.keys)
+    rows = _padded(length, kernels.BACKWARD_QUERIES)
     gradient = gradient.astype(kept.query.dtype)
-    product_sum, log2_sum, query_sums = cutejax.call(
+    product_sum, log2_sum, query_sums = _cutejax().call(
         kernels.run_prepare,
-        [float32((batch, heads, n)) for n in (rows, rows, rows * size)],
+        [_float32(batch, heads, n) for n in (rows, rows, rows * size)],
         kept.out,
         gradient,
         kept.log_sum,
-        in_specs=[heads_spec, heads_spec, None],
-        out_specs=sums_spec,
+        in_specs=[_heads_spec(), _heads_spec(), None],
+        out_specs=_sums_spec(),
         kernel=kernels.prepare(size),
         name="flash_backward_prepare",
     )
-    if size == 256:
-        from gemma2 import flash_pairs
+    run = _backward_in_pairs if size == 256 else _backward_of_128
+    gradients = run(cap, kept, gradient, log2_sum, product_sum, query_sums)
+    return (*gradients, np.zeros(kept.bounds.shape, jax.dtypes.float0))
 
-        sums, key_gradient, value_gradient = cutejax.call(
-            flash_pairs.run_backward,
-            [
-                float32(query_sums.shape),
-                jax.ShapeDtypeStruct(kept.key.shape, kept.key.dtype),
-                jax.ShapeDtypeStruct(kept.value.shape, kept.value.dtype),
-            ],
-            kept.query,
-            kept.key,
-            kept.value,
-            gradient,
-            log2_sum,
-            product_sum,
-            query_sums,
-            kept.bounds,
-            in_specs=[heads_spec] * 4 + [sums_spec] * 3 + [None],
-            out_specs=[sums_spec, heads_spec, heads_spec],
-            input_output_aliases={6: 0},
-            kernel=flash_pairs.backward(heads // kv_heads, cap, DEFER),
-            name="flash_backward",
-        )
-        query_gradient = cutejax.call(
-            kernels.run_convert,
-            jax.ShapeDtypeStruct(kept.query.shape, kept.query.dtype),
-            sums,
-            in_specs=[sums_spec],
-            out_specs=heads_spec,
-            kernel=flash_pairs.convert(),
-            name="flash_backward_convert",
-        )
-        return (
-            query_gradient,
-            key_gradient,
-            value_gradient,
-            np.zeros(kept.bounds.shape, jax.dtypes.float0),
-        )
-    key_zeros = jnp.zeros((batch, kv_heads, key_rows * size), jnp.float32)
+
+def _backward_in_pairs(
+    cap: float,
+    kept: _Residuals,
+    gradient: Array,
+    log2_sum: Array,
+    product_sum: Array,
+    query_sums: Array,
+) -> tuple[Array, Array, Array]:
+    """Gradients of query, key and value; `query_sums` is zeros."""
+    from gemma2 import flash_pairs
+
+    groups = kept.query.shape[2] // kept.key.shape[2]
+    query_sums, of_key, of_value = _cutejax().call(
+        flash_pairs.run_backward,
+        [_float32(*query_sums.shape), *map(_like, (kept.key, kept.value))],
+        kept.query,
+        kept.key,
+        kept.value,
+        gradient,
+        log2_sum,
+        product_sum,
+        query_sums,
+        kept.bounds,
+        in_specs=[_heads_spec()] * 4 + [_sums_spec()] * 3 + [None],
+        out_specs=[_sums_spec(), _heads_spec(), _heads_spec()],
+        input_output_aliases={6: 0},
+        kernel=flash_pairs.backward(groups, cap),
+        name="flash_backward",
+    )
+    return _converted(query_sums, kept.query, flash_pairs.convert()), of_key, of_value
+
+
+def _backward_of_128(
+    cap: float,
+    kept: _Residuals,
+    gradient: Array,
+    log2_sum: Array,
+    product_sum: Array,
+    query_sums: Array,
+) -> tuple[Array, Array, Array]:
+    """As `_backward_in_pairs`."""
+    from gemma2 import flash_backward
+
+    batch, length, key_heads, size = kept.key.shape
+    padded = _padded(length, flash_backward.KEYS)
+    key_zeros = jnp.zeros((batch, key_heads, padded * size), jnp.float32)
     zeros = [query_sums, key_zeros, key_zeros]
-    found = cutejax.call(
-        kernels.run_backward,
-        [float32(x.shape) for x in zeros],
+    found = _cutejax().call(
+        flash_backward.run_backward,
+        [_float32(*x.shape) for x in zeros],
         kept.query,
         kept.key,
         kept.value,
@@ -198,25 +196,52 @@ def _backward(cap: float, kept: _Residuals, gradient: Array) -> tuple[Any, ...]:
         product_sum,
         *zeros,
         kept.bounds,
-        in_specs=[heads_spec] * 4 + [sums_spec] * 5 + [None],
-        out_specs=[sums_spec] * 3,
+        in_specs=[_heads_spec()] * 4 + [_sums_spec()] * 5 + [None],
+        out_specs=[_sums_spec()] * 3,
         input_output_aliases={6: 0, 7: 1, 8: 2},
-        kernel=kernels.backward(size, heads // kv_heads, cap),
+        kernel=flash_backward.backward(kept.query.shape[2] // key_heads, cap),
         name="flash_backward",
     )
-    gradients = [
-        cutejax.call(
-            kernels.run_convert,
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            total,
-            in_specs=[sums_spec],
-            out_specs=heads_spec,
-            kernel=kernels.convert(size, x is not kept.query),
-            name="flash_backward_convert",
-        )
-        for x, total in zip((kept.query, kept.key, kept.value), found, strict=True)
-    ]
-    return (*gradients, np.zeros(kept.bounds.shape, jax.dtypes.float0))
+    of_query, of_key, of_value = (
+        _converted(sums, x, flash_backward.convert(x is not kept.query))
+        for sums, x in zip(found, (kept.query, kept.key, kept.value), strict=True)
+    )
+    return of_query, of_key, of_value
+
+
+def _converted(sums: Array, like: Array, kernel: Any) -> Array:
+    """float32 sums in a backward's own order as an array of another's shape and dtype."""
+    from gemma2 import flash_kernels as kernels
+
+    return _cutejax().call(
+        kernels.run_convert,
+        _like(like),
+        sums,
+        in_specs=[_sums_spec()],
+        out_specs=_heads_spec(),
+        kernel=kernel,
+        name="flash_backward_convert",
+    )
+
+
+def _heads_spec() -> Any:
+    return _cutejax().ArraySpec(static_dims=(2, 3))
+
+
+def _sums_spec() -> Any:
+    return _cutejax().ArraySpec(divisibility=4)
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _like(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _padded(length: int, tile: int) -> int:
+    return -(-length // tile) * tile
 
 
 _attention.defvjp(_forward, _backward)

@@ -2,13 +2,14 @@
 
 The kernels are CuTe programs of the package fa4-jax. What is changed here: a soft-cap c bounds
 every score, so that e^score and sums of them fit float32 (and e^score bfloat16) without the row's
-maximum: no maximum, no rescaling, and tanh and exp are one pass over the registers. In the
-backward, gradients of queries are added to memory from registers, which frees the shared memory
-that a second stage of everything else needs. What a query sees is given by two arrays of bounds,
-for windows and packed documents alike: tiles that no query of theirs sees are never loaded, and
-only those at an edge are masked. The replaced methods keep the order of work of the originals
-(FlashAttention-4, Dao-AILab, BSD-3-Clause, as fa4-jax 0.1.0 has it), which the rest of a kernel
-expects. Imported only where the kernels run: the packages are those of the `gpu` extra.
+maximum: no maximum, no rescaling, and tanh and exp are one pass over the registers. What a query
+sees is given by two arrays of bounds, for windows and packed documents alike: tiles that no query
+of theirs sees are never loaded, and only those at an edge are masked. The replaced methods keep the
+order of work of the originals (FlashAttention-4, Dao-AILab, BSD-3-Clause, as fa4-jax 0.1.0 has it),
+which the rest of a kernel expects. Here are the forward and what all share; the backward, with t =
+tanh(score / c), P = e^(c·t - lse) and dS = P (dP - rowsum(P dP)) (1 - t²), is in
+`gemma2.flash_pairs` for heads of 256 and `gemma2.flash_backward` for heads of 128. Imported only
+where the kernels run: the packages are those of the `gpu` extra.
 """
 
 import inspect
@@ -16,42 +17,28 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import warpgroup
 from fa4_jax.cute import utils
-from fa4_jax.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
 from fa4_jax.cute.flash_bwd_preprocess import FlashAttentionBackwardPreprocess
-from fa4_jax.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from fa4_jax.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
-from fa4_jax.cute.quack import copy_utils, layout_utils
+from fa4_jax.cute.quack import layout_utils
 
-_LOG2_E = math.log2(math.e)
-_DTYPE = cutlass.BFloat16
-_THREADS = 384  # a warp group that loads and two that multiply
-
-
-class Tiles(NamedTuple):
-    """What a backward kernel was found fastest with; the names are fa4-jax's."""
-
-    queries: int
-    keys: int
-    swap_scores: bool
-    key_groups: int
-
-
-# By head size. Larger tiles of keys spill registers or leave no room for two stages of everything.
-BACKWARD_TILES = {256: Tiles(64, 64, False, 1), 128: Tiles(64, 128, True, 2)}
-_STAGES = 2
+LOG2_E = math.log2(math.e)
+DTYPE = cutlass.BFloat16
+THREADS = 384  # a warp group that loads and two that multiply
+STAGES = 2
+BACKWARD_QUERIES = 64  # of a tile, in every backward
 _FORWARD_KEYS = {256: 64, 128: 128}
 _FORWARD_QUERIES = 128
 
 
 @dataclass(frozen=True)
-class _Visible:
+class Visible:
     """Which keys a query sees, for loops over tiles and for masks; in place of fa4-jax's BlockInfo.
 
     bounds int32 [B, 1 + 2T]: of a row its length T, each query's first key, and each key's last
@@ -139,7 +126,7 @@ def _row(seqlen: Any) -> Int32:
     return seqlen.m_block_offset
 
 
-class _Bounded:
+class Bounded:
     """Gives a kernel of fa4-jax the bounds in place of its own rules.
 
     They come in the argument for used lengths, of which only a row's first number is one.
@@ -153,7 +140,7 @@ class _Bounded:
     def _with_bounds(self, method: Callable[..., Any], args: Any, options: Any) -> Any:
         bound = inspect.signature(method).bind(self, *args, **options)
         seqlens = bound.arguments["SeqlenInfoCls"]
-        self._visible = _Visible(
+        self._visible = Visible(
             seqlens.keywords[self._lengths],
             seqlens.keywords["seqlen_k_static"],
             self.tile_m,
@@ -168,7 +155,7 @@ class _Bounded:
         return method(*bound.args, **bound.kwargs)
 
 
-class CappedForward(_Bounded, FlashAttentionForwardSm90):
+class CappedForward(Bounded, FlashAttentionForwardSm90):
     """Scores become e^(c·tanh(score / c)) as they are; rows are divided by their sum at the end."""
 
     _lengths = "mSeqUsedK"
@@ -201,7 +188,7 @@ class CappedForward(_Bounded, FlashAttentionForwardSm90):
             )
         rows = layout_utils.reshape_acc_to_mn(acc_S)
         for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
-            weights = cute.math.exp2(rows[r, None].load() * (self.cap * _LOG2_E), fastmath=True)
+            weights = cute.math.exp2(rows[r, None].load() * (self.cap * LOG2_E), fastmath=True)
             rows[r, None].store(weights)
             if const_expr(is_first):
                 softmax.row_max[r] = Float32(0.0)
@@ -291,7 +278,7 @@ class CappedForward(_Bounded, FlashAttentionForwardSm90):
 
 
 @cute.jit
-def _add_to_memory(pointer, values):
+def add_to_memory(pointer, values):
     """Four neighbouring float32 in global memory += values, as one instruction."""
     llvm.inline_asm(
         None,
@@ -307,160 +294,11 @@ def _add_to_memory(pointer, values):
     )
 
 
-class CappedBackward(_Bounded, FlashAttentionBackwardSm90):
-    """With t = tanh(score / c): P = e^(c·t - lse), dS = P (dP - rowsum(P dP)) (1 - t²)."""
-
-    _lengths = "mSeqUsedQ"
-
-    def __init__(self, *args: Any, cap: float, **options: Any):
-        super().__init__(*args, **options)
-        self.cap = cap
-
-    def _setup_attributes(self) -> None:
-        super()._setup_attributes()
-        # Nothing is staged in shared memory: of this layout one element is allocated.
-        self.sdQaccum_layout = cute.make_layout(self._query_gradient_shape(), stride=(0, 0))
-
-    def _query_gradient_shape(self) -> tuple[int, int]:
-        return self.tile_m * self.tile_hdim // self.num_wg_dQ, self.num_wg_dQ
-
-    @cute.jit
-    def dQaccum_store(
-        self,
-        mdQaccum,
-        sdQaccum,
-        block_info,
-        TileSchedulerCls,
-        SeqlenInfoCls,
-        blocksparse_tensors=None,
-        mdQ_semaphore=None,
-    ):
-        pass
-
-    def load(self, *args: Any, **options: Any) -> Any:
-        return self._with_bounds(FlashAttentionBackwardSm90.load, args, options)
-
-    def mma(self, *args: Any, **options: Any) -> Any:
-        return self._with_bounds(FlashAttentionBackwardSm90.mma, args, options)
-
-    @cute.jit
-    def mma_one_m_block(
-        self,
-        m_block,
-        consumer_state_Q,
-        consumer_state_dO,
-        warp_group_idx,
-        mma_qk_fn,
-        mma_dov_fn,
-        mma_pdo_fn,
-        mma_dsq_fn,
-        mma_dsk_fn,
-        copy_P_r2s,
-        copy_dS_r2s,
-        pipeline_Q,
-        pipeline_dO,
-        tLSEsLSE,
-        tLSEsdPsum,
-        tdQsdQaccum,
-        softmax_scale_log2,
-        PdS_barrier,
-        is_dQ_wg=True,
-        mask_fn=None,
-        score_mod_fn=None,
-        score_mod_bwd_fn=None,
-        dKV_accumulate=True,
-    ):
-        where = mask_fn.keywords
-        stage = consumer_state_Q.index
-        pipeline_Q.consumer_wait(consumer_state_Q, pipeline_Q.consumer_try_wait(consumer_state_Q))
-        acc_S = mma_qk_fn(A_idx=stage, wg_wait=-1)
-        is_edge = self._visible.has_edge_of_key(where["batch_idx"], m_block, where["n_block"])
-        log_sum = copy_utils.load_s2r(tLSEsLSE[None, stage])
-        pipeline_dO.consumer_wait(consumer_state_Q, pipeline_dO.consumer_try_wait(consumer_state_Q))
-        acc_dP = mma_dov_fn(A_idx=stage, wg_wait=1)
-
-        ratio = cute.math.tanh(acc_S.load() * (1.0 / self.cap), fastmath=True)
-        slope = cute.make_fragment_like(acc_S)
-        # Before the mask, whose -inf would give 0 · inf.
-        slope.store(1.0 - ratio * ratio)
-        acc_S.store(ratio)
-        if is_edge:
-            self._visible.mask(
-                acc_S,
-                where["batch_idx"],
-                m_block,
-                where["n_block"],
-                where["thr_mma"],
-                self.SdP_swapAB,
-            )
-        rows = layout_utils.reshape_acc_to_mn(acc_S, transpose=self.SdP_swapAB)
-        lane = cute.arch.lane_idx()
-        for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
-            row_log_sum = self._get_stat(log_sum, r, lane, shuffle=self.shuffle_LSE)
-            for c in cutlass.range(cute.size(rows, mode=[1]), unroll_full=True):
-                rows[r, c] = cute.math.exp2(
-                    rows[r, c] * (self.cap * _LOG2_E) - row_log_sum, fastmath=True
-                )
-        product_sum = copy_utils.load_s2r(tLSEsdPsum[None, stage])
-        weights = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
-        if const_expr(not self.mma_dkv_is_rs):
-            copy_P_r2s(weights, dst_idx=stage)
-        acc_S.store(acc_S.load() * slope.load())
-
-        warpgroup.wait_group(0)
-        gradient_rows = layout_utils.reshape_acc_to_mn(acc_dP, transpose=self.SdP_swapAB)
-        for r in cutlass.range_constexpr(cute.size(gradient_rows, mode=[0])):
-            row_product_sum = self._get_stat(product_sum, r, lane, shuffle=self.shuffle_dPsum)
-            for c in cutlass.range(cute.size(gradient_rows, mode=[1]), unroll_full=True):
-                gradient_rows[r, c] = rows[r, c] * (gradient_rows[r, c] - row_product_sum)
-        gradients = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
-        copy_dS_r2s(gradients, dst_idx=stage)
-        # One barrier for both: what the last block but one read here has been read, as every group
-        # waits for its products before it comes to the next barrier.
-        cute.arch.fence_view_async_shared()
-        PdS_barrier.arrive_and_wait()
-
-        # That of the queries comes first: it is added to memory while the others are computed.
-        acc_dQ = mma_dsk_fn(A_idx=stage, wg_wait=-1)
-        if const_expr(not self.mma_dkv_is_rs):
-            mma_pdo_fn(A_idx=stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=-1)
-            mma_dsq_fn(A_idx=stage, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=2)
-        else:
-            mma_pdo_fn(tCrA=weights, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=-1)
-            mma_dsq_fn(tCrA=gradients, B_idx=stage, zero_init=not dKV_accumulate, wg_wait=2)
-        self._add_query_gradient(acc_dQ, m_block, where)
-        warpgroup.wait_group(1)
-        pipeline_dO.consumer_release(consumer_state_Q)
-        warpgroup.wait_group(0)
-        pipeline_Q.consumer_release(consumer_state_Q)
-        consumer_state_Q.advance()
-        consumer_state_dO.advance()
-        return consumer_state_Q, consumer_state_dO
-
-    @cute.jit
-    def _add_query_gradient(self, acc_dQ, m_block, where: cutlass.Constexpr):
-        """Where the parent's staging would put them, which the conversion afterwards expects."""
-        tile = cute.domain_offset(
-            (m_block * (self.tile_m * self.tile_hdim),),
-            self._given["mdQaccum"][None, where["head_idx"], where["batch_idx"]],
-        )
-        whole = cute.make_tensor(
-            tile.iterator.align(16), cute.make_layout(self._query_gradient_shape())
-        )
-        copy = self._given["r2s_tiled_copy_dQaccum"].get_slice(self._given["tidx"])
-        target = copy.partition_D(whole)
-        source = cute.make_tensor(acc_dQ.iterator, cute.make_layout(target.shape))
-        target = cute.group_modes(target, 1, cute.rank(target))
-        source = cute.group_modes(source, 1, cute.rank(source))
-        for i in cutlass.range_constexpr(cute.size(source, mode=[1])):
-            _add_to_memory(target[None, i].iterator, source[None, i])
-
-
 @cache
 def forward(head_size: int, groups: int, cap: float) -> CappedForward:
     """For heads of a size, `groups` of which share a key's."""
     return CappedForward(
-        _DTYPE,
+        DTYPE,
         head_size,
         head_size,
         groups,
@@ -470,8 +308,8 @@ def forward(head_size: int, groups: int, cap: float) -> CappedForward:
         pack_gqa=False,
         tile_m=_FORWARD_QUERIES,
         tile_n=_FORWARD_KEYS[head_size],
-        num_stages=_STAGES,
-        num_threads=_THREADS,
+        num_stages=STAGES,
+        num_threads=THREADS,
         Q_in_regs=False,
         intra_wg_overlap=True,
         mma_pv_is_rs=True,
@@ -480,56 +318,9 @@ def forward(head_size: int, groups: int, cap: float) -> CappedForward:
 
 
 @cache
-def backward(head_size: int, groups: int, cap: float) -> CappedBackward:
-    """As `forward`; into float32, which `convert` rounds."""
-    tiles = BACKWARD_TILES[head_size]
-    return CappedBackward(
-        _DTYPE,
-        head_size,
-        head_size,
-        groups,
-        cap=cap,
-        is_causal=True,
-        is_local=False,
-        deterministic=False,
-        tile_m=tiles.queries,
-        tile_n=tiles.keys,
-        Q_stage=_STAGES,
-        dO_stage=_STAGES,
-        PdS_stage=_STAGES,
-        SdP_swapAB=tiles.swap_scores,
-        dKV_swapAB=False,
-        dQ_swapAB=False,
-        AtomLayoutMSdP=1,
-        AtomLayoutNdKV=tiles.key_groups,
-        AtomLayoutMdQ=1,
-        num_threads=_THREADS,
-        V_in_regs=False,
-        has_aux_tensors=False,
-    )
-
-
-@cache
 def prepare(head_size: int) -> FlashAttentionBackwardPreprocess:
     """Row sums of gradient · output, and zeros for the queries' gradients."""
-    return FlashAttentionBackwardPreprocess(
-        _DTYPE, head_size, head_size, BACKWARD_TILES[head_size].queries
-    )
-
-
-def convert(head_size: int, of_keys: bool) -> FlashAttentionBackwardPostprocess:
-    """float32 sums in the backward's order to bfloat16 in the arrays'."""
-    tiles = BACKWARD_TILES[head_size]
-    if of_keys:
-        return _convert(head_size, tiles.keys, tiles.key_groups)
-    return _convert(head_size, tiles.queries, 1)
-
-
-@cache
-def _convert(head_size: int, tile: int, groups: int) -> FlashAttentionBackwardPostprocess:
-    return FlashAttentionBackwardPostprocess(
-        _DTYPE, head_size, 90, tile, _THREADS - 128, groups, False
-    )
+    return FlashAttentionBackwardPreprocess(DTYPE, head_size, head_size, BACKWARD_QUERIES)
 
 
 @cute.jit
@@ -544,40 +335,6 @@ def run_prepare(
     unused = [None] * 5
     kernel(
         out, gradient, product_sum, log_sum, log2_sum, zeros, *unused, Float32(1.0), stream=stream
-    )
-
-
-@cute.jit
-def run_backward(
-    stream,
-    query,
-    key,
-    value,
-    gradient,
-    log2_sum,
-    product_sum,
-    _query_zeros,
-    _key_zeros,
-    _value_zeros,
-    bounds,
-    query_sums,
-    key_sums,
-    value_sums,
-    kernel: cutlass.Constexpr,
-):
-    kernel(
-        query,
-        key,
-        value,
-        gradient,
-        log2_sum,
-        product_sum,
-        query_sums,
-        key_sums,
-        value_sums,
-        Float32(1.0),
-        mSeqUsedQ=bounds,
-        stream=stream,
     )
 
 

@@ -1,114 +1,160 @@
-"""The backward of attention with heads of 256 on Hopper: two blocks share what they add to memory.
+"""The backward of attention with heads of 256 on Hopper: blocks in pairs, which add half as much.
 
-What bounds this backward is adding the queries' gradients to memory: a block has registers for 64
-keys' gradients, so that each tile of keys adds a float32 array as large as the queries. Here two
-blocks of a cluster have neighbouring tiles of keys and walk over the queries together. Each gives
-the other its dS, and forms half of the columns of the queries' gradient for the keys of both: half
-as much is added. The other's keys, of which only that half is wanted, are kept in registers. And a
-block walks over all the heads that share its keys, so that the gradients of keys and values are
-written once, in the dtype of the arrays, and nothing of theirs is added to memory.
+What such a backward waits for is adding the queries' gradients to memory: a block has registers for
+the gradients of 64 keys, and for every tile of so many keys a float32 array as large as the queries
+is added. Here the two blocks of a cluster have neighbouring tiles of keys and walk over the queries
+together. Each sends the other its dS, and forms half of the columns of the queries' gradient, for
+the keys of both. Of the other's keys it needs only those columns, which stay in registers.
 
-The same packages as `gemma2.flash_kernels`, and the same mathematics.
+A block walks over all heads that share its keys, so that the gradients of keys and values are
+written once, in their dtype: of theirs nothing is added to memory, and they are the same each time.
+The mathematics is that of `gemma2.flash_kernels`, whose remark on the origin of the order of work
+holds here too: the pipelines are those of FlashAttention-4's backward.
 """
 
-import math
 from functools import cache, partial
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.utils import LayoutEnum
-from cutlass.utils import hopper_helpers
-from fa4_jax.cute import copy_utils as cluster_copies
+from cutlass.utils import LayoutEnum, hopper_helpers
 from fa4_jax.cute import pipeline, utils
+from fa4_jax.cute.copy_utils import cpasync_bulk_s2cluster
 from fa4_jax.cute.cute_dsl_utils import assume_tensor_aligned
 from fa4_jax.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
-from fa4_jax.cute.quack import copy_utils, layout_utils, sm90_utils
-from fa4_jax.cute.quack.sm90_utils import gemm_w_idx, gemm_zero_init
+from fa4_jax.cute.quack import copy_utils, layout_utils
+from fa4_jax.cute.quack.sm90_utils import (
+    gemm_w_idx,
+    gemm_zero_init,
+    make_smem_layout,
+    partition_fragment_ABC,
+)
 
-from gemma2.flash_kernels import _DTYPE, _LOG2_E, _THREADS, _add_to_memory, _Visible
+from gemma2.flash_kernels import (
+    BACKWARD_QUERIES,
+    DTYPE,
+    LOG2_E,
+    STAGES,
+    THREADS,
+    Visible,
+    add_to_memory,
+)
 
 HEAD_SIZE = 256
-TILE = 64
-_STAGES = 2
-_COMPUTING = _THREADS - 128
-_WARPS = _COMPUTING // 32
 _HALF = HEAD_SIZE // 2
+_TILE = BACKWARD_QUERIES  # of keys as well
+_COMPUTING = THREADS - 128
+_WARPS = _COMPUTING // 32
 _LOADING_REGISTERS, _COMPUTING_REGISTERS = 24, 240
-_TILE_BYTES = TILE * HEAD_SIZE * 2
-_SLOPE_BYTES = TILE * TILE * 2
-# Barriers of the hardware: both groups have written, all of it is read, the results are written.
-_WRITTEN, _READ, _DONE = 1, 2, 4
+_TILE_BYTES = _TILE * HEAD_SIZE * 2
+_NUMBERS_BYTES = _TILE * 4
+_SLOPES_BYTES = _TILE * _TILE * 2
+# Barriers of a block: both warp groups have written, one of them has read, results may be staged.
+_WRITTEN, _READ, _STAGED = 1, 2, 4
 
 
-def _copies(given, head, row):
-    """Of the tiles of one head, and of the numbers that belong to them."""
-    atom, tensor, shared, sums, s_sums, line = given
-    tiles = cute.local_tile(tensor[None, None, head, row], (TILE, HEAD_SIZE), (None, 0))
-    copy, _, _ = copy_utils.tma_get_copy_fn(atom, 0, cute.make_layout(1), tiles, shared)
-    numbers = cute.local_tile(sums[None, head, row], (TILE,), (None,))
-    copy_numbers = copy_utils.cpasync_bulk_get_copy_fn(numbers, s_sums)
-    return (
-        copy_utils.tma_producer_copy_fn(copy, line),
-        copy_utils.tma_producer_copy_fn(copy_numbers, line),
-    )
+class _Streamed(NamedTuple):
+    """What is loaded tile by tile of queries: an array, and a number for each of its rows."""
+
+    atom: Any
+    array: Any
+    tiles: Any
+    """In shared memory, STAGES of them."""
+    numbers: Any
+    own_numbers: Any
+    line: Any
+    """The pipeline."""
+
+    def copies(self, head, row):
+        """(copy a tile, copy its numbers) of one head."""
+        array = self.array[None, None, head, row]
+        tiles = cute.local_tile(array, (_TILE, HEAD_SIZE), (None, 0))
+        copy, _, _ = copy_utils.tma_get_copy_fn(
+            self.atom, 0, cute.make_layout(1), tiles, self.tiles
+        )
+        numbers = cute.local_tile(self.numbers[None, head, row], (_TILE,), (None,))
+        copy_numbers = copy_utils.cpasync_bulk_get_copy_fn(numbers, self.own_numbers)
+        return (
+            copy_utils.tma_producer_copy_fn(copy, self.line),
+            copy_utils.tma_producer_copy_fn(copy_numbers, self.line),
+        )
+
+
+class _Kept(NamedTuple):
+    """What is loaded once, the array itself or its gradient's, which is written at the end."""
+
+    atom: Any
+    array: Any
+    tile: Any
+    """In shared memory."""
+
+    def copy(self, n_block, head, row, is_store: bool = False):
+        array = self.array[None, None, head, row]
+        ends = (cute.local_tile(array, (_TILE, HEAD_SIZE), (n_block, 0)), self.tile)
+        if is_store:
+            ends = ends[::-1]
+        one = cute.make_layout(1)
+        return copy_utils.tma_get_copy_fn(self.atom, 0, one, *ends, single_stage=True)[0]
 
 
 class PairedBackward:
-    """Gradients of queries as float32 sums, and of keys and values in their dtype."""
+    """Gradients of queries as float32 sums, and of keys and values in their dtype.
 
-    def __init__(self, groups: int, cap: float, defer: bool = True):
-        self.groups, self.cap, self.defer = groups, cap, defer
+    groups: heads that share a key's.
+    """
 
-    def _layouts(self):
-        make = partial(sm90_utils.make_smem_layout, _DTYPE, LayoutEnum.ROW_MAJOR)
-        self.wide = make((TILE, HEAD_SIZE), _STAGES, major_mode_size=_HALF)
-        self.keys = make((TILE, HEAD_SIZE), None, major_mode_size=_HALF)
-        self.values = make((TILE, HEAD_SIZE), None)
-        self.square = make((TILE, TILE), _STAGES, major_mode_size=TILE // 2)
-        self.one_square = make((TILE, TILE), 1, major_mode_size=TILE // 2)
+    def __init__(self, groups: int, cap: float):
+        self.groups, self.cap = groups, cap
 
-    def _products(self):
-        k, mn = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
-        make = partial(hopper_helpers.make_trivial_tiled_mma, _DTYPE, _DTYPE)
-        scores = make(k, k, Float32, atom_layout_mnk=(1, 2, 1), tiler_mn=(64, TILE // 2))
-        of_keys = make(mn, mn, Float32, atom_layout_mnk=(1, 2, 1), tiler_mn=(64, _HALF))
-        own = make(mn, k, Float32, atom_layout_mnk=(2, 1, 1), tiler_mn=(64, TILE))
-        other = make(
-            k,
-            k,
-            Float32,
-            atom_layout_mnk=(2, 1, 1),
-            tiler_mn=(64, TILE),
-            a_source=warpgroup.OperandSource.RMEM,
+    def _set_layouts(self) -> None:
+        make = partial(make_smem_layout, DTYPE, LayoutEnum.ROW_MAJOR)
+        # Read transposed too, each warp group its half of the columns.
+        self.streamed = make((_TILE, HEAD_SIZE), STAGES, major_mode_size=_HALF)
+        self.key = make((_TILE, HEAD_SIZE), None, major_mode_size=_HALF)
+        self.value = make((_TILE, HEAD_SIZE), None)
+        self.slopes = make((_TILE, _TILE), STAGES, major_mode_size=_TILE // 2)
+        self.square = make((_TILE, _TILE), 1, major_mode_size=_TILE // 2)
+
+    def _products(self) -> tuple[Any, ...]:
+        """Of scores, of sums over queries, and of the queries' transposed gradient's two parts."""
+        rows, columns = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
+        make = partial(hopper_helpers.make_trivial_tiled_mma, DTYPE, DTYPE)
+        side_by_side = {"atom_layout_mnk": (1, 2, 1)}
+        below = {"atom_layout_mnk": (2, 1, 1), "tiler_mn": (64, _TILE)}
+        registers = warpgroup.OperandSource.RMEM
+        return (
+            make(rows, rows, Float32, tiler_mn=(64, _TILE // 2), **side_by_side),
+            make(columns, columns, Float32, tiler_mn=(64, _HALF), **side_by_side),
+            make(columns, rows, Float32, **below),
+            make(rows, rows, Float32, a_source=registers, **below),
         )
-        return scores, of_keys, own, other
 
-    def _storage(self):
-        def array(layout):
-            return cute.struct.Align[cute.struct.MemRange[_DTYPE, cute.cosize(layout)], 1024]
+    def _storage(self) -> Any:
+        """What is in shared memory, which one more square of 8 KiB would not fit."""
 
-        wide, keys, square, one = (
-            array(x) for x in (self.wide, self.keys, self.square, self.one_square)
-        )
-        numbers = cute.struct.Align[cute.struct.MemRange[Float32, TILE * _STAGES], 128]
+        def tiles(layout: Any) -> Any:
+            return cute.struct.Align[cute.struct.MemRange[DTYPE, cute.cosize(layout)], 1024]
 
-        @cute.struct
-        class Storage:
-            query_barriers: cute.struct.MemRange[cutlass.Int64, _STAGES * 2]
-            gradient_barriers: cute.struct.MemRange[cutlass.Int64, _STAGES * 2]
-            exchange_barriers: cute.struct.MemRange[cutlass.Int64, 2]
-            log_sum: numbers
-            product_sum: numbers
-            query: wide
-            value: keys
-            key: keys
-            gradient: wide
-            weights: one
-            slopes: square
-            others: one
+        def barriers(count: int) -> Any:
+            return cute.struct.MemRange[cutlass.Int64, count]
 
-        return Storage
+        numbers = cute.struct.Align[cute.struct.MemRange[Float32, _TILE * STAGES], 128]
+        fields = {
+            "query_barriers": barriers(2 * STAGES),
+            "gradient_barriers": barriers(2 * STAGES),
+            "exchange_barriers": barriers(2),
+            "log_sum": numbers,
+            "product_sum": numbers,
+            "query": tiles(self.streamed),
+            "value": tiles(self.value),
+            "key": tiles(self.key),
+            "gradient": tiles(self.streamed),
+            "weights": tiles(self.square),
+            "slopes": tiles(self.slopes),
+            "others": tiles(self.square),
+        }
+        return cute.struct(type("Storage", (), {"__annotations__": fields}))
 
     @cute.jit
     def __call__(
@@ -125,7 +171,7 @@ class PairedBackward:
         bounds: cute.Tensor,
         stream,
     ):
-        wide = [
+        query, key, value, gradient, key_gradient, value_gradient = [
             layout_utils.select(assume_tensor_aligned(x), [1, 3, 2, 0])
             for x in (query, key, value, gradient, key_gradient, value_gradient)
         ]
@@ -133,41 +179,37 @@ class PairedBackward:
             layout_utils.select(assume_tensor_aligned(x), [2, 1, 0])
             for x in (log2_sum, product_sum, query_sums)
         ]
-        self._layouts()
-        query, key, value, gradient, key_gradient, value_gradient = wide
+        self._set_layouts()
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        tile = (TILE, HEAD_SIZE)
-        staged = cute.select(self.wide, mode=[0, 1])
-        loads = [
-            cpasync.make_tiled_tma_atom(load, x, layout, tile)
-            for x, layout in (
-                (query, staged),
-                (key, self.keys),
-                (value, self.values),
-                (gradient, staged),
+        one_stage = cute.select(self.streamed, mode=[0, 1])
+        copies = [
+            x
+            for op, array, layout in (
+                (load, query, one_stage),
+                (load, gradient, one_stage),
+                (load, key, self.key),
+                (load, value, self.value),
+                (store, key_gradient, self.key),
+                (store, value_gradient, self.value),
             )
+            for x in cpasync.make_tiled_tma_atom(op, array, layout, (_TILE, HEAD_SIZE))
         ]
-        stores = [
-            cpasync.make_tiled_tma_atom(store, x, layout, tile)
-            for x, layout in ((key_gradient, self.keys), (value_gradient, self.values))
-        ]
-        pairs = cute.ceil_div(cute.size(key.shape[0]), 2 * TILE)
+        pairs = cute.ceil_div(cute.size(key.shape[0]), 2 * _TILE)
         self.kernel(
-            *[x for pair in loads for x in pair],
-            *[x for pair in stores for x in pair],
+            *copies,
             key,
             *sums,
             bounds,
-            self.wide,
-            self.keys,
-            self.values,
+            self.streamed,
+            self.key,
+            self.value,
+            self.slopes,
             self.square,
-            self.one_square,
             *self._products(),
             self._storage(),
         ).launch(
             grid=(2 * pairs, cute.size(key.shape[2]), cute.size(key.shape[3])),
-            block=[_THREADS, 1, 1],
+            block=[THREADS, 1, 1],
             cluster=(2, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
@@ -179,39 +221,39 @@ class PairedBackward:
         self,
         query_atom: cute.CopyAtom,
         query: cute.Tensor,
+        gradient_atom: cute.CopyAtom,
+        gradient: cute.Tensor,
         key_atom: cute.CopyAtom,
         key: cute.Tensor,
         value_atom: cute.CopyAtom,
         value: cute.Tensor,
-        gradient_atom: cute.CopyAtom,
-        gradient: cute.Tensor,
         key_gradient_atom: cute.CopyAtom,
         key_gradient: cute.Tensor,
         value_gradient_atom: cute.CopyAtom,
         value_gradient: cute.Tensor,
-        plain_key: cute.Tensor,
+        key_in_memory: cute.Tensor,
         log2_sum: cute.Tensor,
         product_sum: cute.Tensor,
         query_sums: cute.Tensor,
         bounds: cute.Tensor,
-        wide: cute.ComposedLayout,
-        keys: cute.ComposedLayout,
-        values: cute.ComposedLayout,
-        square: cute.ComposedLayout,
-        one_square: cute.ComposedLayout,
+        streamed_layout: cute.ComposedLayout,
+        key_layout: cute.ComposedLayout,
+        value_layout: cute.ComposedLayout,
+        slopes_layout: cute.ComposedLayout,
+        square_layout: cute.ComposedLayout,
         scores_mma: cute.TiledMma,
         keys_mma: cute.TiledMma,
         own_mma: cute.TiledMma,
-        other_mma: cute.TiledMma,
+        others_mma: cute.TiledMma,
         storage_type: cutlass.Constexpr,
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for atom in (
                 query_atom,
+                gradient_atom,
                 key_atom,
                 value_atom,
-                gradient_atom,
                 key_gradient_atom,
                 value_gradient_atom,
             ):
@@ -222,16 +264,15 @@ class PairedBackward:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(exchange, 1)
                 cute.arch.mbarrier_init(exchange + 1, _WARPS)
-        producer = cutlass.pipeline.CooperativeGroup(cutlass.pipeline.Agent.Thread)
-        consumer = cutlass.pipeline.CooperativeGroup(cutlass.pipeline.Agent.Thread, _WARPS)
+        agent = cutlass.pipeline.Agent.Thread
         queries, gradients = [
             pipeline.PipelineTmaAsync.create(
                 barrier_storage=barriers.data_ptr(),
-                num_stages=_STAGES,
-                producer_group=producer,
-                consumer_group=consumer,
-                tx_count=_TILE_BYTES + TILE * 4,
-                # A group of threads releases what its own block has loaded.
+                num_stages=STAGES,
+                producer_group=cutlass.pipeline.CooperativeGroup(agent),
+                consumer_group=cutlass.pipeline.CooperativeGroup(agent, _WARPS),
+                tx_count=_TILE_BYTES + _NUMBERS_BYTES,
+                # Without these, whoever is not the cluster's first block releases nothing.
                 cta_layout_vmnk=cute.make_layout((1, 2, 1, 1)),
                 mcast_mode_mn=(1, 0),
                 defer_sync=True,
@@ -242,240 +283,191 @@ class PairedBackward:
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
 
-        s_query = storage.query.get_tensor(wide.outer, swizzle=wide.inner)
-        s_gradient = storage.gradient.get_tensor(wide.outer, swizzle=wide.inner)
-        s_key = storage.key.get_tensor(keys.outer, swizzle=keys.inner)
-        s_value = storage.value.get_tensor(values.outer, swizzle=values.inner)
-        s_weights = storage.weights.get_tensor(one_square.outer, swizzle=one_square.inner)
-        s_slopes = storage.slopes.get_tensor(square.outer, swizzle=square.inner)
-        s_others = storage.others.get_tensor(one_square.outer, swizzle=one_square.inner)
-        numbers = cute.make_layout((TILE, _STAGES), stride=(1, TILE))
-        s_log_sum = storage.log_sum.get_tensor(numbers)
-        s_product_sum = storage.product_sum.get_tensor(numbers)
+        def shared(array, layout):
+            return array.get_tensor(layout.outer, swizzle=layout.inner)
 
+        numbers = cute.make_layout((_TILE, STAGES), stride=(1, _TILE))
+        of_query = _Streamed(
+            query_atom,
+            query,
+            shared(storage.query, streamed_layout),
+            log2_sum,
+            storage.log_sum.get_tensor(numbers),
+            queries,
+        )
+        of_gradient = _Streamed(
+            gradient_atom,
+            gradient,
+            shared(storage.gradient, streamed_layout),
+            product_sum,
+            storage.product_sum.get_tensor(numbers),
+            gradients,
+        )
+        s_key, s_value = shared(storage.key, key_layout), shared(storage.value, value_layout)
+        squares = (
+            shared(storage.weights, square_layout),
+            shared(storage.slopes, slopes_layout),
+            shared(storage.others, square_layout),
+        )
         n_block, key_head, row = cute.arch.block_idx()
-        rank = n_block % 2
-        length = cute.size(plain_key.shape[0])
-        visible = _Visible(bounds, Int32(length), TILE, TILE)
-        first = n_block - rank
-        past = visible.last_query(row, (first + 2) * TILE - 1) // TILE + 1
+        where = (n_block, key_head, row)
+        visible = Visible(bounds, Int32(cute.size(key_in_memory.shape[0])), _TILE, _TILE)
+        # Tiles of queries that see keys of the pair.
+        first = n_block - n_block % 2
+        past = visible.last_query(row, (first + 2) * _TILE - 1) // _TILE + 1
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(_LOADING_REGISTERS)
             if warp == 0:
-                self._load(
-                    (query_atom, query, s_query, log2_sum, s_log_sum, queries),
-                    (gradient_atom, gradient, s_gradient, product_sum, s_product_sum, gradients),
-                    (key_atom, key, s_key),
-                    (value_atom, value, s_value),
-                    (n_block, key_head, row),
-                    (first, past),
-                )
+                kept = (_Kept(key_atom, key, s_key), _Kept(value_atom, value, s_value))
+                self._load(of_query, of_gradient, kept, where, first, past)
         else:
             cute.arch.setmaxregister_increase(_COMPUTING_REGISTERS)
-            thread = cute.arch.thread_idx()[0] - 128
-            self._multiply(
-                scores_mma,
-                keys_mma,
-                own_mma,
-                other_mma,
-                s_query,
-                s_gradient,
-                s_key,
-                s_value,
-                s_weights,
-                s_slopes,
-                s_others,
-                s_log_sum,
-                s_product_sum,
-                queries,
-                gradients,
+            self._compute(
+                (scores_mma, keys_mma, own_mma, others_mma),
+                of_query,
+                of_gradient,
+                (s_key, s_value),
+                squares,
                 exchange,
-                plain_key,
+                key_in_memory,
                 query_sums,
-                key_gradient_atom,
-                key_gradient,
-                value_gradient_atom,
-                value_gradient,
+                (
+                    _Kept(value_gradient_atom, value_gradient, s_value),
+                    _Kept(key_gradient_atom, key_gradient, s_key),
+                ),
                 visible,
-                thread,
-                n_block,
-                key_head,
-                row,
-                rank,
+                where,
                 first,
                 past,
             )
-        # The other block may still write here, or arrive at a barrier.
+        # Until here the other block may write to this one's memory, or arrive at its barriers.
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
 
     @cute.jit
-    def _load(self, of_query, of_gradient, of_key, of_value, where, span):
+    def _load(self, of_query, of_gradient, kept, where, first, past):
         n_block, key_head, row = where
-        first, past = span
-        state = pipeline.make_pipeline_state(cutlass.pipeline.PipelineUserType.Producer, _STAGES)
-
-        def loader(given, block):
-            atom, tensor, shared = given
-            tile = cute.local_tile(
-                tensor[None, None, key_head, row], (TILE, HEAD_SIZE), (block, 0)
-            )
-            return copy_utils.tma_get_copy_fn(
-                atom, 0, cute.make_layout(1), tile, shared, single_stage=True
-            )[0]
-
-        load_key, load_value = loader(of_key, n_block), loader(of_value, n_block)
-        lines = [given[-1] for given in (of_query, of_gradient)]
+        load_key, load_value = [x.copy(n_block, key_head, row) for x in kept]
+        queries, gradients = of_query.line, of_gradient.line
+        state = pipeline.make_pipeline_state(cutlass.pipeline.PipelineUserType.Producer, STAGES)
         for group in cutlass.range_constexpr(self.groups):
             head = key_head * self.groups + group
-            copies = [_copies(given, head, row) for given in (of_query, of_gradient)]
+            load_query, load_log_sum = of_query.copies(head, row)
+            load_gradient, load_product_sum = of_gradient.copies(head, row)
             begin = first
             if const_expr(group == 0):
-                lines[0].producer_acquire(state, extra_tx_count=_TILE_BYTES)
-                load_key(tma_bar_ptr=lines[0].producer_get_barrier(state))
-                copies[0][0](first, producer_state=state)
-                # The sums come from the kernel before.
+                queries.producer_acquire(state, extra_tx_count=_TILE_BYTES)
+                load_key(tma_bar_ptr=queries.producer_get_barrier(state))
+                load_query(first, producer_state=state)
+                # The kernel before this one writes the numbers.
                 cute.arch.griddepcontrol_wait()
-                copies[0][1](first, producer_state=state)
-                lines[1].producer_acquire(state, extra_tx_count=_TILE_BYTES)
-                load_value(tma_bar_ptr=lines[1].producer_get_barrier(state))
-                copies[1][0](first, producer_state=state)
-                copies[1][1](first, producer_state=state)
+                load_log_sum(first, producer_state=state)
+                gradients.producer_acquire(state, extra_tx_count=_TILE_BYTES)
+                load_value(tma_bar_ptr=gradients.producer_get_barrier(state))
+                load_gradient(first, producer_state=state)
+                load_product_sum(first, producer_state=state)
                 state.advance()
                 begin = first + 1
             for m_block in cutlass.range(begin, past, unroll=1):
-                lines[0].producer_acquire(state)
-                copies[0][0](m_block, producer_state=state)
-                copies[0][1](m_block, producer_state=state)
-                lines[1].producer_acquire(state)
-                copies[1][0](m_block, producer_state=state)
-                copies[1][1](m_block, producer_state=state)
+                queries.producer_acquire(state)
+                load_query(m_block, producer_state=state)
+                load_log_sum(m_block, producer_state=state)
+                gradients.producer_acquire(state)
+                load_gradient(m_block, producer_state=state)
+                load_product_sum(m_block, producer_state=state)
                 state.advance()
 
     @cute.jit
-    def _multiply(
+    def _compute(
         self,
-        scores_mma: cute.TiledMma,
-        keys_mma: cute.TiledMma,
-        own_mma: cute.TiledMma,
-        other_mma: cute.TiledMma,
-        s_query: cute.Tensor,
-        s_gradient: cute.Tensor,
-        s_key: cute.Tensor,
-        s_value: cute.Tensor,
-        s_weights: cute.Tensor,
-        s_slopes: cute.Tensor,
-        s_others: cute.Tensor,
-        s_log_sum: cute.Tensor,
-        s_product_sum: cute.Tensor,
-        queries,
-        gradients,
-        exchange: cute.Pointer,
-        plain_key: cute.Tensor,
-        query_sums: cute.Tensor,
-        key_gradient_atom: cute.CopyAtom,
-        key_gradient: cute.Tensor,
-        value_gradient_atom: cute.CopyAtom,
-        value_gradient: cute.Tensor,
+        products,
+        of_query,
+        of_gradient,
+        keys_and_values,
+        squares,
+        exchange,
+        key_in_memory,
+        query_sums,
+        results,
         visible,
-        thread: Int32,
-        n_block: Int32,
-        key_head: Int32,
-        row: Int32,
-        rank: Int32,
-        first: Int32,
-        past: Int32,
+        where,
+        first,
+        past,
     ):
+        scores_mma, keys_mma, own_mma, others_mma = products
+        s_query, s_gradient = of_query.tiles, of_gradient.tiles
+        s_key, s_value = keys_and_values
+        s_weights, s_slopes, s_others = squares
+        queries, gradients = of_query.line, of_gradient.line
+        n_block, key_head, row = where
+        rank = n_block % 2
+        other = 1 - rank
+        thread = cute.arch.thread_idx()[0] - 128
         group = cute.arch.make_warp_uniform(thread // 128)
-        lead = group * 128
+        is_sender = cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4
         thread_scores = scores_mma.get_slice(thread)
-        group_scores = scores_mma.get_slice(lead)
-        group_keys = keys_mma.get_slice(lead)
-        group_own = own_mma.get_slice(lead)
-        group_other = other_mma.get_slice(lead)
-        square = (TILE, TILE)
+        of_scores, of_keys, of_own, of_others = [x.get_slice(group * 128) for x in products]
 
-        def transposed(x):
-            return layout_utils.transpose_view(x)
-
-        part = sm90_utils.partition_fragment_ABC
-        _, a_query, b_key = part(group_scores, (TILE, TILE, HEAD_SIZE), s_query, s_key)
-        scores_of = partial(gemm_zero_init, scores_mma, square, a_query, b_key)
-        _, a_gradient, b_value = part(group_scores, (TILE, TILE, HEAD_SIZE), s_gradient, s_value)
-        weights_gradient_of = partial(gemm_zero_init, scores_mma, square, a_gradient, b_value)
-        shape = (TILE, HEAD_SIZE, TILE)
-        sum_value, a_weights, b_gradient = part(
-            group_keys, shape, transposed(s_weights), transposed(s_gradient)
+        # What is multiplied, and where the sums are.
+        transposed, part = layout_utils.transpose_view, partition_fragment_ABC
+        square, keys_shape = (_TILE, _TILE), (_TILE, HEAD_SIZE, _TILE)
+        scores_shape, half_shape = (_TILE, _TILE, HEAD_SIZE), (_HALF, _TILE, _TILE)
+        _, a_query, b_key = part(of_scores, scores_shape, s_query, s_key)
+        _, a_gradient, b_value = part(of_scores, scores_shape, s_gradient, s_value)
+        value_sum, a_weights, b_gradient = part(
+            of_keys, keys_shape, transposed(s_weights), transposed(s_gradient)
         )
-        add_value = partial(gemm_w_idx, keys_mma, sum_value, a_weights, b_gradient)
-        sum_key, a_slopes, b_query = part(
-            group_keys, shape, transposed(s_slopes), transposed(s_query)
+        key_sum, a_slopes, b_query = part(
+            of_keys, keys_shape, transposed(s_slopes), transposed(s_query)
         )
-        add_key = partial(gemm_w_idx, keys_mma, sum_key, a_slopes, b_query)
-        half = cute.local_tile(transposed(s_key), (_HALF, TILE), (rank, 0))
-        shape = (_HALF, TILE, TILE)
-        sum_query, a_own, b_slopes = part(group_own, shape, half, s_slopes)
-        sum_query.fill(0.0)
-        add_own = partial(gemm_w_idx, own_mma, sum_query, a_own, b_slopes)
-        _, a_other, b_others = part(group_other, shape, None, s_others)
-        add_other = partial(gemm_w_idx, other_mma, sum_query, a_other, b_others)
-        self._read_others_keys(a_other, other_mma, plain_key[None, None, key_head, row],
-                               n_block, rank, thread)
+        own_keys = cute.local_tile(transposed(s_key), (_HALF, _TILE), (rank, 0))
+        query_sum, a_own, b_slopes = part(of_own, half_shape, own_keys, s_slopes)
+        _, others_keys, b_others = part(of_others, half_shape, None, s_others)
+        _read_others_keys(others_keys, others_mma, key_in_memory, where, thread)
 
         store = partial(
             copy_utils.get_smem_store_C,
             scores_mma,
             tidx=thread,
             position_independent=True,
-            major_mode_size=TILE // 2,
+            major_mode_size=_TILE // 2,
         )
-        write_weights, _, _ = store(s_weights)
-        write_slopes, _, _ = store(s_slopes)
-        numbers = partial(
-            layout_utils.mma_partition_C_vec,
-            thr_mma=thread_scores,
-            expand_shape=TILE,
-            is_colvec=True,
-        )
-        own_log_sum, own_product_sum = numbers(s_log_sum), numbers(s_product_sum)
+        write_weights, write_slopes = store(s_weights)[0], store(s_slopes)[0]
+        own_log_sum, own_product_sum = [
+            layout_utils.mma_partition_C_vec(
+                x.own_numbers, thread_scores, expand_shape=_TILE, is_colvec=True
+            )
+            for x in (of_query, of_gradient)
+        ]
+        # In the order of `convert`: by tile, warp group, half of the columns, and thread.
+        tile_size = _TILE * HEAD_SIZE
+        head_size = cute.size(query_sums.shape[0])
+        own_offset = group * (tile_size // 2) + rank * (tile_size // 4) + thread % 128 * 4
+        own_sums = query_sums[None, None, row].iterator + own_offset
 
-        both = {"number_of_threads": _COMPUTING}
         # Nothing is being read yet.
-        cute.arch.barrier_arrive(barrier_id=_READ + 1 - group, **both)
-        is_sender = cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4
-        other = 1 - rank
-        target = query_sums[None, None, row].iterator
-        stride = cute.size(query_sums.shape[0])
-        own_offset = group * (TILE * _HALF) + rank * (TILE * _HALF // 2) + (thread % 128) * 4
-        last_offset = key_head * self.groups * stride + first * (TILE * HEAD_SIZE)
-        state = pipeline.make_pipeline_state(cutlass.pipeline.PipelineUserType.Consumer, _STAGES)
-        last = state.clone()
+        cute.arch.barrier_arrive(barrier_id=_READ + 1 - group, number_of_threads=_COMPUTING)
+        state = pipeline.make_pipeline_state(cutlass.pipeline.PipelineUserType.Consumer, STAGES)
         step = Int32(0)
-        is_added = Boolean(False)
-
+        has_sums = Boolean(False)
         for of_group in cutlass.range(self.groups, unroll=1):
-            head_offset = (key_head * self.groups + of_group) * stride
+            head_sums = own_sums + (key_head * self.groups + of_group) * head_size
             for m_block in cutlass.range(first, past, unroll=1):
                 stage = state.index
                 queries.consumer_wait(state, queries.consumer_try_wait(state))
-                scores = scores_of(A_idx=stage, wg_wait=-1)
-                if const_expr(self.defer):
-                    warpgroup.wait_group(1)
-                    if step > 0:
-                        self._release(queries, gradients, last, exchange, group, other)
+                scores = gemm_zero_init(scores_mma, square, a_query, b_key, A_idx=stage)
                 is_edge = visible.has_edge_of_key(row, m_block, n_block)
                 log_sum = copy_utils.load_s2r(own_log_sum[None, stage])
                 gradients.consumer_wait(state, gradients.consumer_try_wait(state))
-                weights_gradient = weights_gradient_of(A_idx=stage, wg_wait=-1)
-                if const_expr(self.defer):
-                    # Zeros, the first time.
-                    self._add(sum_query, target + (last_offset + own_offset))
-                warpgroup.wait_group(1)
+                slopes = gemm_zero_init(
+                    scores_mma, square, a_gradient, b_value, A_idx=stage, wg_wait=1
+                )
 
                 ratio = cute.math.tanh(scores.load() * (1.0 / self.cap), fastmath=True)
-                slope = cute.make_fragment_like(scores)
-                slope.store(1.0 - ratio * ratio)
+                cap_slope = cute.make_fragment_like(scores)
+                # Before the mask, whose -inf would give 0 · inf.
+                cap_slope.store(1.0 - ratio * ratio)
                 scores.store(ratio)
                 if is_edge:
                     visible.mask(scores, row, m_block, n_block, thread_scores, False)
@@ -483,130 +475,125 @@ class PairedBackward:
                 for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
                     for c in cutlass.range_constexpr(cute.size(rows, mode=[1])):
                         rows[r, c] = cute.math.exp2(
-                            rows[r, c] * (self.cap * _LOG2_E) - log_sum[r], fastmath=True
+                            rows[r, c] * (self.cap * LOG2_E) - log_sum[r], fastmath=True
                         )
-                products = copy_utils.load_s2r(own_product_sum[None, stage])
-                weights = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(scores), _DTYPE)
-                # The other group's product of the last tile has read what is overwritten.
-                cute.arch.barrier(barrier_id=_READ + group, **both)
+                product_sum = copy_utils.load_s2r(own_product_sum[None, stage])
+                weights = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(scores), DTYPE)
+                # There is one tile of weights: the other warp group has read the last one.
+                cute.arch.barrier(barrier_id=_READ + group, number_of_threads=_COMPUTING)
                 write_weights(weights, dst_idx=0)
-                scores.store(scores.load() * slope.load())
+                scores.store(scores.load() * cap_slope.load())
 
                 warpgroup.wait_group(0)
-                gradient_rows = layout_utils.reshape_acc_to_mn(weights_gradient)
-                for r in cutlass.range_constexpr(cute.size(gradient_rows, mode=[0])):
-                    for c in cutlass.range_constexpr(cute.size(gradient_rows, mode=[1])):
-                        gradient_rows[r, c] = rows[r, c] * (gradient_rows[r, c] - products[r])
-                slopes = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(weights_gradient), _DTYPE)
-                write_slopes(slopes, dst_idx=stage)
+                slope_rows = layout_utils.reshape_acc_to_mn(slopes)
+                for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
+                    for c in cutlass.range_constexpr(cute.size(rows, mode=[1])):
+                        slope_rows[r, c] = rows[r, c] * (slope_rows[r, c] - product_sum[r])
+                rounded = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(slopes), DTYPE)
+                write_slopes(rounded, dst_idx=stage)
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=_WRITTEN, **both)
-
+                cute.arch.barrier(barrier_id=_WRITTEN, number_of_threads=_COMPUTING)
                 if is_sender:
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(exchange, _SLOPE_BYTES)
-                        # The other block has read what it got before.
+                        cute.arch.mbarrier_arrive_and_expect_tx(exchange, _SLOPES_BYTES)
+                        # The other block has read what it was sent before; which is also why
+                        # the tile that goes now may be written again in two steps.
                         cute.arch.mbarrier_wait(exchange + 1, (step & 1) ^ 1)
-                        cluster_copies.cpasync_bulk_s2cluster(
+                        cpasync_bulk_s2cluster(
                             s_slopes[None, None, stage].iterator,
                             s_others.iterator,
                             exchange,
-                            _SLOPE_BYTES,
+                            _SLOPES_BYTES,
                             other,
                         )
-                add_value(A_idx=0, B_idx=stage, zero_init=not is_added, wg_wait=-1)
-                add_key(A_idx=stage, B_idx=stage, zero_init=not is_added, wg_wait=-1)
-                add_own(B_idx=stage, zero_init=True, wg_wait=-1)
+
+                # While dS is on its way, what needs only this block's; the keys' product last, so
+                # that the queries' gradient is added to memory while it runs.
+                gemm_w_idx(
+                    keys_mma, value_sum, a_weights, b_gradient, not has_sums, A_idx=0, B_idx=stage
+                )
+                gemm_w_idx(own_mma, query_sum, a_own, b_slopes, True, B_idx=stage)
                 cute.arch.mbarrier_wait(exchange, step & 1)
-                add_other(B_idx=0, zero_init=False, wg_wait=-1)
-                last_offset = head_offset + m_block * (TILE * HEAD_SIZE)
-                if const_expr(not self.defer):
-                    warpgroup.wait_group(0)
-                    self._release(queries, gradients, state, exchange, group, other)
-                    self._add(sum_query, target + (last_offset + own_offset))
-                last = state.clone()
+                gemm_w_idx(others_mma, query_sum, others_keys, b_others, False, B_idx=0)
+                gemm_w_idx(
+                    keys_mma,
+                    key_sum,
+                    a_slopes,
+                    b_query,
+                    not has_sums,
+                    A_idx=stage,
+                    B_idx=stage,
+                    wg_wait=1,
+                )
+                _add(query_sum, head_sums + m_block * tile_size)
+                warpgroup.wait_group(0)
+                gradients.consumer_release(state)
+                queries.consumer_release(state)
+                cute.arch.barrier_arrive(barrier_id=_READ + 1 - group, number_of_threads=_COMPUTING)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(exchange + 1, other)
                 state.advance()
                 step += 1
-                is_added = Boolean(True)
-        if const_expr(self.defer):
-            warpgroup.wait_group(0)
-            self._release(queries, gradients, last, exchange, group, other)
-            self._add(sum_query, target + (last_offset + own_offset))
-        self._write(
-            keys_mma,
-            ((sum_value, s_value, value_gradient_atom, value_gradient),
-             (sum_key, s_key, key_gradient_atom, key_gradient)),
-            (n_block, key_head, row),
-            thread,
-        )
+                has_sums = Boolean(True)
+        _write(keys_mma, (value_sum, key_sum), results, where, thread)
 
-    @cute.jit
-    def _read_others_keys(self, fragment, mma, key, n_block, rank, thread):
-        """The half of the columns that is this block's, of the other block's keys."""
-        other_block = n_block + 1 - 2 * rank
-        tile = cute.local_tile(key, (TILE, _HALF), (other_block, rank))
-        own = mma.get_slice(thread)
-        given = own.partition_A(layout_utils.transpose_view(tile))
-        at = own.partition_A(cute.make_identity_tensor((_HALF, TILE)))
-        count = cute.size(key.shape[0]) - other_block * TILE
-        flat = cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
-        for i in cutlass.range_constexpr(cute.size(fragment)):
-            flat[i] = _DTYPE(0.0)
-            if at[i][1] < count:
-                flat[i] = given[i]
 
-    @cute.jit
-    def _release(self, queries, gradients, state, exchange, group, other):
-        """What the products of a step have read may be overwritten."""
-        gradients.consumer_release(state)
-        queries.consumer_release(state)
-        cute.arch.barrier_arrive(barrier_id=_READ + 1 - group, number_of_threads=_COMPUTING)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(exchange + 1, other)
+@cute.jit
+def _read_others_keys(fragment, mma, key_in_memory, where, thread):
+    """This block's half of the columns of the other block's keys; 0 past the last one."""
+    n_block, key_head, row = where
+    rank = n_block % 2
+    other_block = n_block + 1 - 2 * rank
+    keys = key_in_memory[None, None, key_head, row]
+    tile = cute.local_tile(keys, (_TILE, _HALF), (other_block, rank))
+    own = mma.get_slice(thread)
+    given = own.partition_A(layout_utils.transpose_view(tile))
+    at = own.partition_A(cute.make_identity_tensor((_HALF, _TILE)))
+    count = cute.size(keys.shape[0]) - other_block * _TILE
+    flat = cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
+    for i in cutlass.range_constexpr(cute.size(fragment)):
+        flat[i] = DTYPE(0.0)
+        if at[i][1] < count:
+            flat[i] = given[i]
 
-    @cute.jit
-    def _add(self, values, pointer):
-        flat = cute.make_tensor(values.iterator, cute.make_layout((4, cute.size(values) // 4)))
-        for i in cutlass.range_constexpr(cute.size(flat, mode=[1])):
-            _add_to_memory(pointer + i * (128 * 4), flat[None, i])
 
-    @cute.jit
-    def _write(self, mma, results, where, thread):
-        """Through the shared memory of what each is the gradient of."""
-        n_block, key_head, row = where
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        both = {"barrier_id": _DONE, "number_of_threads": _COMPUTING}
-        for values, shared, atom, tensor in results:
-            tile = cute.local_tile(
-                tensor[None, None, key_head, row], (TILE, HEAD_SIZE), (n_block, 0)
-            )
-            store, _, _ = copy_utils.tma_get_copy_fn(
-                atom, 0, cute.make_layout(1), shared, tile, single_stage=True
-            )
-            write, _, _ = copy_utils.get_smem_store_C(
-                mma, shared, thread, position_independent=True
-            )
-            cute.arch.barrier(**both)
-            write(values, dst_idx=None)
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier(**both)
-            if warp == 4:
-                store()
-                cute.arch.cp_async_bulk_commit_group()
+@cute.jit
+def _add(values, pointer):
+    fours = cute.make_tensor(values.iterator, cute.make_layout((4, cute.size(values) // 4)))
+    for i in cutlass.range_constexpr(cute.size(fours, mode=[1])):
+        add_to_memory(pointer + i * (128 * 4), fours[None, i])
+
+
+@cute.jit
+def _write(mma, sums, results, where, thread):
+    """Each through the shared memory of what it is the gradient of."""
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    for values, result in zip(sums, results, strict=True):
+        stage = copy_utils.get_smem_store_C(mma, result.tile, thread, position_independent=True)[0]
+        store = result.copy(*where, is_store=True)
+        # Both warp groups' products have read it.
+        cute.arch.barrier(barrier_id=_STAGED, number_of_threads=_COMPUTING)
+        stage(values, dst_idx=None)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=_STAGED, number_of_threads=_COMPUTING)
         if warp == 4:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            store()
+            cute.arch.cp_async_bulk_commit_group()
+    if warp == 4:
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cache
-def backward(groups: int, cap: float, defer: bool = True) -> PairedBackward:
-    return PairedBackward(groups, cap, defer)
+def backward(groups: int, cap: float) -> PairedBackward:
+    """For heads, `groups` of which share a key's."""
+    return PairedBackward(groups, cap)
 
 
 @cache
 def convert() -> FlashAttentionBackwardPostprocess:
-    """The sums of the queries' gradients, in the order of their transposed products, to bfloat16."""
+    """Sums of the queries' gradients, in the order of their transposed products, to bfloat16."""
     return FlashAttentionBackwardPostprocess(
-        _DTYPE, HEAD_SIZE, 90, TILE, _COMPUTING, 1, dQ_swapAB=True
+        DTYPE, HEAD_SIZE, 90, _TILE, _COMPUTING, 1, dQ_swapAB=True
     )
 
 
