@@ -128,7 +128,6 @@ class Setting:
             attention=options.attention,
             loss_chunk_tokens=options.chunk_tokens,
             dtype=options.dtype,
-            float8_mlp=options.float8_mlp,
         )
         self.mesh = meshes.make_mesh(self.config.mesh, jax.devices()[: options.fsdp])
         self.kernel = attention.resolve(
@@ -405,7 +404,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--remat", nargs="+", default=["dots"])
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--float8-mlp", action="store_true", help="shares stay of bfloat16's rate")
     parser.add_argument("--chunk-tokens", type=int, default=1024, help="loss_chunk_tokens")
     parser.add_argument(
         "--documents", type=int, default=1, help="mean tokens of a document; 1: one fills a row"

@@ -1,9 +1,8 @@
 """Linear layers in float8: e4m3 numbers, scaled by output of the weights and by row of the input.
 
-Scales take the largest magnitude to the largest e4m3 number, 448, and are taken out of the sums
-again, so that a product is one float8 matrix product of the device between two cheap passes over
-its input and its output. A teacher's matrices are turned once; a student's at every step, from
-weights that are never float8.
+For a forward pass alone. Scales take the largest magnitude to the largest e4m3 number, 448, and are
+taken out of the sums again, so that a product is one float8 matrix product of the device between
+two cheap passes over its input and its output.
 """
 
 from typing import Any, NamedTuple
@@ -46,30 +45,6 @@ def product(x: Array, kernel: Float8) -> Array:
         preferred_element_type=x.dtype,
     )
     return (sums.astype(jnp.float32) * scale * kernel.scale[None, :]).astype(x.dtype)
-
-
-@jax.custom_vjp
-def trained_product(x: Array, kernel: Array) -> Array:
-    """x [n, inputs] times kernel [inputs, outputs] in x's dtype, with gradients of both.
-
-    This product, and that of the gradient of x, are in float8; the gradient of the kernel, a sum
-    over all tokens, is in x's dtype. After torchao's recipe ROWWISE_WITH_GW_HP, which also keeps
-    that gradient in high precision; scales are not rounded to powers of two here.
-    """
-    return product(x, quantize(kernel))
-
-
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return trained_product(x, kernel), (x, kernel)
-
-
-def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    # Summed over outputs, so that the kernel's scales are of its rows here.
-    return product(gradient, quantize(kernel.T)), (x.T @ gradient).astype(kernel.dtype)
-
-
-trained_product.defvjp(_forward, _backward)
 
 
 def quantize_layers(pairs: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from gemma2 import attention as attention_kernels
-from gemma2.float8 import Float8, product, trained_product
+from gemma2.float8 import Float8, product
 from gemma2.placement import ALONE, Placement
 from schemas.errors import ConfigError
 from schemas.model import ModelConfig, Remat
@@ -54,8 +54,6 @@ class Execution(NamedTuple):
     is_unrolled: bool = False
     """Layer after layer in one program instead of a loop: nothing is copied into stacks of what
     the backward needs, and compiling takes longer the more layers there are."""
-    is_mlp_float8: bool = False
-    """The MLP's products, and those of its inputs' gradients, in float8."""
 
 
 # So few are not worth a loop, in which XLA on CPU does less in parallel.
@@ -91,7 +89,7 @@ class Linear(nnx.Module):
         )
 
     @jax.named_scope("linear")
-    def __call__(self, x: Array, execution: Execution, is_float8: bool = False) -> Array:
+    def __call__(self, x: Array, execution: Execution) -> Array:
         kernel = self.kernel.get_value()
         # As one matrix: XLA on CPU is three times slower at the gradient of a batched product.
         rows = x.reshape(-1, x.shape[-1])
@@ -99,8 +97,7 @@ class Linear(nnx.Module):
             rows = product(rows, kernel)
         else:
             kernel = execution.placement.weight(self.name, kernel, x.dtype)
-            kernel = checkpoint_name(kernel, "weight")
-            rows = trained_product(rows, kernel) if is_float8 else rows @ kernel
+            rows = rows @ checkpoint_name(kernel, "weight")
         return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -146,9 +143,8 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Array, execution: Execution) -> Array:
-        is_float8 = execution.is_mlp_float8
-        gate = jax.nn.gelu(self.gate(x, execution, is_float8), approximate=True)
-        return self.down(gate * self.up(x, execution, is_float8), execution, is_float8)
+        gate = jax.nn.gelu(self.gate(x, execution), approximate=True)
+        return self.down(gate * self.up(x, execution), execution)
 
 
 class Layer(nnx.Module):

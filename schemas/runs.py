@@ -255,11 +255,6 @@ class TrainConfig(Document):
         0, ge=0, lt=2**64, description="Of the initialisation and of the order of rows."
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype.")
-    float8_mlp: bool = Field(
-        False,
-        description="The MLP's products, and those of its inputs' gradients, in float8 (e4m3, with "
-        "scales by token and by row or column of a weight); weights and their gradients are not.",
-    )
     attention: str = Field(
         "auto", description="Kernel: auto takes the fastest that suits model and device; reference."
     )

@@ -231,9 +231,7 @@ def make_objective(
             jnp.asarray(batch.segment_ids),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            execution=Execution(
-                kernel, Placement(mesh), is_unrolled(config, device), config.float8_mlp
-            ),
+            execution=Execution(kernel, Placement(mesh), is_unrolled(config, device)),
         )
         hidden = jax.lax.with_sharding_constraint(hidden, rows)
         weight = predicted(jnp.asarray(batch.segment_ids)).astype(jnp.float32)

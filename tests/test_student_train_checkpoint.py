@@ -61,10 +61,10 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_from_before_a_setting_was_there_had_its_default() -> None:
-    now = RUN.model_copy(update={"settings": {"a": 1, "float8_mlp": False}})
+    now = RUN.model_copy(update={"settings": {"a": 1, "accumulate": 1}})
     now.check(RUN, Path("run"))
-    now.settings["float8_mlp"] = True
-    with pytest.raises(CheckpointError, match=r"settings.float8_mlp is False there and True here"):
+    now.settings["accumulate"] = 2
+    with pytest.raises(CheckpointError, match=r"settings.accumulate is 1 there and 2 here"):
         now.check(RUN, Path("run"))
 
 
