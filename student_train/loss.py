@@ -255,13 +255,12 @@ def _scan_chunks(
 
     # The carry is as large as one float32 table: it is the gradient itself. The first chunk makes
     # it; zeros would have to be written, and read to be added to.
-    peeled = 1 if with_gradients else 0
     carry: Any = None
-    found: list[Any] = []
-    for at in range(peeled):
-        carry, first = step_at(carry, at)
-        found.append(jax.tree.map(lambda x: x[None], first))
-    carry, rest = lax.scan(step_at, carry, jnp.arange(peeled, len(chunks.hidden)))
+    found = []
+    if with_gradients:
+        carry, first = step_at(None, 0)
+        found = [jax.tree.map(lambda x: x[None], first)]
+    carry, rest = lax.scan(step_at, carry, jnp.arange(len(found), len(chunks.hidden)))
     (chunk_kd, chunk_ce), chunk_dx = jax.tree.map(
         lambda *parts: jnp.concatenate(parts), *found, rest
     )
