@@ -101,6 +101,8 @@ class RunIdentity(Document):
         # A run from before there was a setting ran as its default does.
         defaults = _flat({"settings": TrainConfig(store="", out=Path()).model_dump(mode="json")})
         theirs |= {name: defaults[name] for name in ours.keys() & defaults.keys() - theirs.keys()}
+        # And what was off there and is no more is off here.
+        ours |= {name: False for name in theirs.keys() - ours.keys() if theirs[name] is False}
         differing = [
             f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
             for name in sorted(ours.keys() | theirs.keys())

@@ -68,6 +68,14 @@ def test_a_run_from_before_a_setting_was_there_had_its_default() -> None:
         now.check(RUN, Path("run"))
 
 
+def test_a_run_from_when_there_was_one_more_setting_had_it_off() -> None:
+    before = RUN.model_copy(update={"settings": {"a": 1, "gone": False}})
+    RUN.check(before, Path("run"))
+    before.settings["gone"] = True
+    with pytest.raises(CheckpointError, match=r"settings.gone is True there and None here"):
+        RUN.check(before, Path("run"))
+
+
 def test_every_field_of_the_state_comes_back(saved: Path) -> None:
     with Checkpoints(saved, keep=2) as checkpoints:
         assert checkpoints.steps() == [4, 8]
