@@ -134,77 +134,59 @@ def _backward(cap: float, kept: _Residuals, gradient: Array) -> tuple[Any, ...]:
         name="flash_backward_prepare",
     )
     run = _backward_in_pairs if size == 256 else _backward_of_128
-    gradients = run(cap, kept, gradient, log2_sum, product_sum, query_sums)
+    operands = (kept.query, kept.key, kept.value, gradient, log2_sum, product_sum)
+    gradients = run(cap, operands, query_sums, kept.bounds)
     return (*gradients, np.zeros(kept.bounds.shape, jax.dtypes.float0))
 
 
 def _backward_in_pairs(
-    cap: float,
-    kept: _Residuals,
-    gradient: Array,
-    log2_sum: Array,
-    product_sum: Array,
-    query_sums: Array,
+    cap: float, operands: tuple[Array, ...], query_zeros: Array, bounds: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value; `query_sums` is zeros."""
+    """Gradients of query, key and value, which are the first three operands."""
     from gemma2 import flash_pairs
 
-    groups = kept.query.shape[2] // kept.key.shape[2]
+    query, key, value = operands[:3]
     query_sums, of_key, of_value = _cutejax().call(
         flash_pairs.run_backward,
-        [_float32(*query_sums.shape), *map(_like, (kept.key, kept.value))],
-        kept.query,
-        kept.key,
-        kept.value,
-        gradient,
-        log2_sum,
-        product_sum,
-        query_sums,
-        kept.bounds,
+        [_float32(*query_zeros.shape), _like(key), _like(value)],
+        *operands,
+        query_zeros,
+        bounds,
         in_specs=[_heads_spec()] * 4 + [_sums_spec()] * 3 + [None],
         out_specs=[_sums_spec(), _heads_spec(), _heads_spec()],
         input_output_aliases={6: 0},
-        kernel=flash_pairs.backward(groups, cap),
+        kernel=flash_pairs.backward(query.shape[2] // key.shape[2], cap),
         name="flash_backward",
     )
-    return _converted(query_sums, kept.query, flash_pairs.convert()), of_key, of_value
+    return _converted(query_sums, query, flash_pairs.convert()), of_key, of_value
 
 
 def _backward_of_128(
-    cap: float,
-    kept: _Residuals,
-    gradient: Array,
-    log2_sum: Array,
-    product_sum: Array,
-    query_sums: Array,
+    cap: float, operands: tuple[Array, ...], query_zeros: Array, bounds: Array
 ) -> tuple[Array, Array, Array]:
-    """As `_backward_in_pairs`."""
+    """As `_backward_in_pairs`, for heads of 128."""
     from gemma2 import flash_backward
 
-    batch, length, key_heads, size = kept.key.shape
+    query, key, value = operands[:3]
+    batch, length, key_heads, size = key.shape
     padded = _padded(length, flash_backward.KEYS)
     key_zeros = jnp.zeros((batch, key_heads, padded * size), jnp.float32)
-    zeros = [query_sums, key_zeros, key_zeros]
+    zeros = [query_zeros, key_zeros, key_zeros]
     found = _cutejax().call(
         flash_backward.run_backward,
         [_float32(*x.shape) for x in zeros],
-        kept.query,
-        kept.key,
-        kept.value,
-        gradient,
-        log2_sum,
-        product_sum,
+        *operands,
         *zeros,
-        kept.bounds,
+        bounds,
         in_specs=[_heads_spec()] * 4 + [_sums_spec()] * 5 + [None],
         out_specs=[_sums_spec()] * 3,
         input_output_aliases={6: 0, 7: 1, 8: 2},
-        kernel=flash_backward.backward(kept.query.shape[2] // key_heads, cap),
+        kernel=flash_backward.backward(query.shape[2] // key_heads, cap),
         name="flash_backward",
     )
     of_query, of_key, of_value = (
-        _converted(sums, x, flash_backward.convert(x is not kept.query))
-        for sums, x in zip(found, (kept.query, kept.key, kept.value), strict=True)
+        _converted(sums, x, flash_backward.convert(x is not query))
+        for sums, x in zip(found, (query, key, value), strict=True)
     )
     return of_query, of_key, of_value
 
