@@ -5,6 +5,7 @@ it: a tile of the unnormalised gradient and a part of each row's sum. Neither ta
 done with the result are known here.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 LOG2_E = math.log2(math.e)
-# Two warpgroups compute, a third only copies and gives them its registers.
+# Two warpgroups compute in turns, a third only copies and gives them its registers.
 _COMPUTING, _COPYING_REGISTERS, _COMPUTING_REGISTERS = 2, 40, 232
 # Tiles are rows of 128 bytes, which is how wgmma reads them.
 DEPTH = 64
+# Pieces of results that a warpgroup has in shared memory: one is written, one on its way.
+_OUT_SLOTS = 2
 WIDTH_MULTIPLE = DEPTH
 # The gradient has a column for each row of the table, and TMA wants strides of 16 bytes.
 ROW_MULTIPLE = 8
@@ -31,27 +34,21 @@ class Tiles:
     """How the product is cut. Every choice gives the same sums, but for their order."""
 
     rows: int = 128
-    """Rows (tokens) of a block's tile."""
-    columns: int = 256
-    """Columns (ids) of a block's tile."""
-    by_rows: bool = True
-    """The two warpgroups halve the rows of the tile, or else its columns."""
-    stages: int = 4
+    """Rows (tokens) of a warpgroup's tile."""
+    columns: int = 128
+    """Columns (ids) of a warpgroup's tile."""
+    stages: int = 6
     """Tiles of `rows` and `columns` by 64 that are in shared memory at once."""
     store_columns: int = 64
     """Columns that a warpgroup writes at once; its rows are those of its tile, at most 64."""
-    cluster: int = 1
+    cluster: int = 2
     """Blocks, one below the other, that read each tile of the table together: 1 or 2."""
     walk: int = 32
     """Tiles one below the other that are computed before the next column of tiles."""
-    stagger: bool = False
-    """The second warpgroup starts late, so that one's epilogue falls into the other's product."""
-    fast_tanh: bool = False
-    """tanh by the one instruction that has an error of 2^-11: 0.015 in a logit of 30."""
 
 
-# The fastest of nine on an H200 (`benchmarks/head_speed.py --trials`).
-TILES = Tiles(cluster=2, stagger=True)
+# The fastest of eight on an H200 (`benchmarks/head_speed.py --trials`), by little.
+TILES = Tiles()
 
 
 def scores(
@@ -81,8 +78,7 @@ def scores(
     count, width = hidden.shape[0], table.shape[0]
     row_tiles = _cover(count, tiles.rows * tiles.cluster) * tiles.cluster
     column_tiles = _cover(width, tiles.columns)
-    parts = column_tiles if tiles.by_rows else _COMPUTING * column_tiles
-    sums = jax.ShapeDtypeStruct((parts, row_tiles * tiles.rows), jnp.float32)
+    sums = jax.ShapeDtypeStruct((column_tiles, row_tiles * tiles.rows), jnp.float32)
     out = jax.ShapeDtypeStruct((count, width), jnp.bfloat16)
     run = plgpu.kernel(
         partial(_body, cap=cap, tiles=tiles, gradient=gradient),
@@ -99,7 +95,7 @@ def scores(
         interpret=interpret,
     )
     found = run(hidden, table, jnp.reshape(valid, (1,)).astype(jnp.int32))
-    return found[1] if gradient else None, jnp.sum(found[0], axis=0)[:count]
+    return found[1] if gradient else None, 0.25 * jnp.sum(found[0], axis=0)[:count]
 
 
 def _cover(size: int, tile: int) -> int:
@@ -119,10 +115,12 @@ def _body(
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    rows, _ = _warpgroup_tile(tiles)
     lines = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
     swizzle = plgpu.find_swizzle(tiles.store_columns * 16)
     out_lines = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    barrier: Callable[..., Any] = plgpu.Barrier
+    if tiles.cluster > 1:
+        barrier = partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     buffers = {
         "hidden_tiles": plgpu.SMEM(
             (tiles.stages, tiles.rows, DEPTH), jnp.bfloat16, transforms=lines
@@ -130,19 +128,14 @@ def _body(
         "table_tiles": plgpu.SMEM(
             (tiles.stages, tiles.columns, DEPTH), jnp.bfloat16, transforms=lines
         ),
-        "sums": plgpu.SMEM((_COMPUTING, rows), jnp.float32),
-        "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-        "started": plgpu.Barrier(num_arrivals=1),
+        "sums": plgpu.SMEM((_COMPUTING, tiles.rows), jnp.float32),
+        # Whoever waits at a barrier must wait every time: a warpgroup has its own.
+        "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTING * tiles.stages),
+        "read": barrier(num_arrivals=1, num_barriers=tiles.stages),
     }
     if gradient:
-        shape = (_COMPUTING, 2, min(rows, 64), tiles.store_columns)
+        shape = (_COMPUTING, _OUT_SLOTS, min(tiles.rows, 64), tiles.store_columns)
         buffers["out"] = plgpu.SMEM(shape, jnp.bfloat16, transforms=out_lines)
-    if tiles.cluster == 1:
-        buffers["read"] = plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=tiles.stages)
-    else:
-        buffers["read"] = plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=_COMPUTING, num_barriers=tiles.stages
-        )
 
     def run(**shared: Any) -> None:
         warpgroup = lax.axis_index("warpgroup")
@@ -159,12 +152,6 @@ def _body(
             _copy_tiles(hidden, table, shared, tiles)
 
     pl.run_scoped(run, collective_axes="warpgroup", **buffers)
-
-
-def _warpgroup_tile(tiles: Tiles) -> tuple[int, int]:
-    if tiles.by_rows:
-        return tiles.rows // _COMPUTING, tiles.columns
-    return tiles.rows, tiles.columns // _COMPUTING
 
 
 def _grid(hidden: Any, table: Any, tiles: Tiles) -> tuple[int, int]:
@@ -198,7 +185,7 @@ def _for_each_tile(
 
 
 def _copy_tiles(hidden: Any, table: Any, shared: dict[str, Any], tiles: Tiles) -> None:
-    """Keep `stages` pairs of tiles on their way, from one output tile's to the next's."""
+    """Keep `stages` pairs of tiles on their way, from one warpgroup's product to the other's."""
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -216,16 +203,17 @@ def _copy_tiles(hidden: Any, table: Any, shared: dict[str, Any], tiles: Tiles) -
             def _wait() -> None:
                 plgpu.barrier_wait(read.at[slot])
 
+            signal = loaded.at[_warpgroup_of(before) * stages + slot]
             depth = pl.ds(k * DEPTH, DEPTH)
             plgpu.copy_gmem_to_smem(
                 hidden.at[pl.ds(row * tiles.rows, tiles.rows), depth],
                 shared["hidden_tiles"].at[slot],
-                loaded.at[slot],
+                signal,
             )
             plgpu.copy_gmem_to_smem(
                 table.at[pl.ds(column * tiles.columns, tiles.columns), depth],
                 shared["table_tiles"].at[slot],
-                loaded.at[slot],
+                signal,
                 collective_axes=None if tiles.cluster == 1 else "cluster",
             )
 
@@ -249,23 +237,16 @@ def _compute_tiles(
     cap: float,
     tiles: Tiles,
 ) -> None:
+    """Every second tile of this block: one warpgroup multiplies while the other does its epilogue.
+
+    Nothing more orders them. The tiles of one product are loaded before those of the next.
+    """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     steps, stages = hidden.shape[1] // DEPTH, jnp.int32(tiles.stages)
-    rows, columns = _warpgroup_tile(tiles)
     warpgroup = lax.axis_index("warpgroup")
-    row_in_tile = warpgroup * rows if tiles.by_rows else jnp.int32(0)
-    column_in_tile = jnp.int32(0) if tiles.by_rows else warpgroup * columns
-    loaded, read, started = shared["loaded"], shared["read"], shared["started"]
-    # The first warpgroup may be as many steps ahead as there are stages; one is left for loading.
-    lead = min(tiles.stages - 1, steps - 1)
-    grid = _grid(hidden, table, tiles)
-    if tiles.stagger:
-
-        @pl.when((warpgroup == 1) & (_own_tiles(grid) > 0))
-        def _start_late() -> None:
-            plgpu.barrier_wait(started)
+    loaded, read = shared["loaded"], shared["read"]
 
     def visit(row: Any, column: Any, before: Any) -> None:
         def multiply(logits: Any) -> Any:
@@ -273,13 +254,9 @@ def _compute_tiles(
             def _step(k: Any) -> None:
                 step = before * steps + k
                 slot = lax.rem(step, stages)
-                plgpu.barrier_wait(loaded.at[slot])
+                plgpu.barrier_wait(loaded.at[warpgroup * stages + slot])
                 left = shared["hidden_tiles"].at[slot]
                 right = shared["table_tiles"].at[slot].transpose((1, 0))
-                if tiles.by_rows:
-                    left = left.at[pl.ds(row_in_tile, rows)]
-                else:
-                    right = right.at[:, pl.ds(column_in_tile, columns)]
                 plgpu.wgmma(logits, left, right)
                 # One product is in flight; the one before it has read its tiles.
                 plgpu.wgmma_wait(1)
@@ -288,30 +265,27 @@ def _compute_tiles(
                 def _release() -> None:
                     plgpu.barrier_arrive(read.at[lax.rem(step - 1, stages)])
 
-                if tiles.stagger:
-
-                    @pl.when((warpgroup == 0) & (step == lead))
-                    def _let_start() -> None:
-                        plgpu.barrier_arrive(started)
-
             return logits[...]
 
-        logits = pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
-        plgpu.barrier_arrive(read.at[lax.rem((before + 1) * steps - 1, stages)])
-        first_row = row * tiles.rows + row_in_tile
-        first_column = column * tiles.columns + column_in_tile
-        part = column if tiles.by_rows else column * _COMPUTING + warpgroup
-        _write(logits, first_row, first_column, part, limit, results, shared, cap=cap, tiles=tiles)
+        @pl.when(_warpgroup_of(before) == warpgroup)
+        def _own() -> None:
+            logits = pl.run_scoped(multiply, plgpu.ACC((tiles.rows, tiles.columns), jnp.float32))
+            plgpu.barrier_arrive(read.at[lax.rem((before + 1) * steps - 1, stages)])
+            _write(logits, row, column, limit, results, shared, cap=cap, tiles=tiles)
 
-    _for_each_tile(grid, tiles, visit)
+    _for_each_tile(_grid(hidden, table, tiles), tiles, visit)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _warpgroup_of(before: Any) -> Any:
+    """int32 [], which warpgroup has the tile that comes after `before` others of this block."""
+    return lax.rem(before, jnp.int32(_COMPUTING))
 
 
 def _write(
     logits: Any,
-    first_row: Any,
-    first_column: Any,
-    part: Any,
+    row: Any,
+    column: Any,
     limit: Any,
     results: tuple[Any, ...],
     shared: dict[str, Any],
@@ -319,60 +293,84 @@ def _write(
     cap: float,
     tiles: Tiles,
 ) -> None:
-    """The epilogue: from a warpgroup's logits, in pieces that fit its shared memory, to results."""
+    """The epilogue: a warpgroup's logits become results; only tiles with unknown ids are masked.
+
+    The branch has another use. Without one the compiler lets the arithmetic begin before the last
+    tiles that were read are given back to the copying warpgroup, which then loads them late.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    write = partial(_write_pieces, logits, row, column, results, shared, cap=cap, tiles=tiles)
+    all_known = (column + 1) * tiles.columns <= limit
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(all_known)
+    def _known() -> None:
+        write(limit=None)
+
+    @pl.when(jnp.logical_not(all_known))
+    def _masked() -> None:
+        write(limit=limit)
+
+
+def _write_pieces(
+    logits: Any,
+    row: Any,
+    column: Any,
+    results: tuple[Any, ...],
+    shared: dict[str, Any],
+    *,
+    limit: Any | None,
+    cap: float,
+    tiles: Tiles,
+) -> None:
+    """In pieces that fit the warpgroup's shared memory, one written while the next is computed."""
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     warpgroup = lax.axis_index("warpgroup")
-    rows, columns = logits.shape
-    store_rows = min(rows, 64)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    pieces = [
-        (row, column)
-        for row in range(0, rows, store_rows)
-        for column in range(0, columns, tiles.store_columns)
-    ]
+    store = min(tiles.rows, 64), tiles.store_columns
+    first_row, first_column = row * tiles.rows, column * tiles.columns
+    pieces = itertools.product(range(0, tiles.rows, store[0]), range(0, tiles.columns, store[1]))
     total: dict[int, Any] = {}
-    for index, (row, column) in enumerate(pieces):
-        piece = logits[row : row + store_rows, column : column + tiles.store_columns]
-        ids = plgpu.broadcasted_iota(jnp.int32, piece.shape, 1, layout=plgpu.Layout.WGMMA)
-        known = ids < limit - first_column - column
-        exponential, gradient = _exponential(piece, cap, tiles.fast_tanh)
-        exponential = jnp.where(known, exponential, 0.0)
+    for index, (down, right) in enumerate(pieces):
+        piece = logits[down : down + store[0], right : right + store[1]]
+        exponential, gradient = _exponential(piece, cap)
+        if limit is not None:
+            ids = plgpu.broadcasted_iota(jnp.int32, store, 1, layout=plgpu.Layout.WGMMA)
+            known = ids < limit - first_column - right
+            exponential = jnp.where(known, exponential, 0.0)
+            gradient = jnp.where(known, gradient, 0.0)
         summed = jnp.sum(exponential, axis=1)
-        total[row] = summed if column == 0 else total[row] + summed
+        total[down] = summed if right == 0 else total[down] + summed
         if len(results) == 1:
             continue
-        slot = index % 2
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        shared["out"][warpgroup, slot] = (gradient * exponential).astype(jnp.bfloat16)
+        out = shared["out"].at[warpgroup, index % _OUT_SLOTS]
+        if index >= _OUT_SLOTS:
+            plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
+        out[...] = gradient.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            shared["out"].at[warpgroup, slot],
-            results[1].at[
-                pl.ds(first_row + row, store_rows),
-                pl.ds(first_column + column, tiles.store_columns),
-            ],
-        )
-    for row, summed in total.items():
-        shared["sums"][warpgroup, pl.ds(row, store_rows)] = summed
+        rows, columns = pl.ds(first_row + down, store[0]), pl.ds(first_column + right, store[1])
+        plgpu.copy_smem_to_gmem(out, results[1].at[rows, columns])
+    for down, summed in total.items():
+        shared["sums"][warpgroup, pl.ds(down, store[0])] = summed
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
-        shared["sums"].at[warpgroup], results[0].at[part, pl.ds(first_row, rows)]
+        shared["sums"].at[warpgroup], results[0].at[column, pl.ds(first_row, tiles.rows)]
     )
 
 
-def _exponential(logits: Any, cap: float, fast_tanh: bool) -> tuple[Any, Any]:
-    """(exp(s), s') of s = cap·tanh(z/cap).
+def _exponential(logits: Any, cap: float) -> tuple[Any, Any]:
+    """(4·exp(s), s'·exp(s)) of s = cap·tanh(z/cap).
 
     With u = 1 / (1 + exp(2z/cap)): tanh = 1 - 2u and its derivative 4u(1 - u), which is exact to a
-    few units of 2^-22 and, for |z| however large, neither NaN nor infinite. The reciprocal is that
-    of a square's root: one instruction, where a division is ten.
+    few units of 2^-21 and, for |z| however large, neither NaN nor infinite. The reciprocal is the
+    square of that of the root: one instruction, where a division is ten. The 4 is in the exponent,
+    where it costs nothing; the sum is divided by it afterwards.
     """
-    if fast_tanh:
-        ratio = jnp.tanh(logits * (1 / cap))
-        return jnp.exp2(ratio * (cap * LOG2_E)), 1 - ratio * ratio
-    above = 1 + jnp.exp2(logits * (2 * LOG2_E / cap))
-    share = lax.rsqrt(above * above)
-    exponential = jnp.exp2(cap * LOG2_E - (2 * cap * LOG2_E) * share)
-    return exponential, 4 * (share - share * share)
+    root = lax.rsqrt(1 + jnp.exp2(logits * (2 * LOG2_E / cap)))
+    share = root * root
+    exponential = jnp.exp2((cap * LOG2_E + 2) - (2 * cap * LOG2_E) * share)
+    part = share * exponential
+    return exponential, part - part * share

@@ -193,34 +193,37 @@ class _Chunk(NamedTuple):
     entry_scale: jax.Array  # float32 [C]
 
 
-def _split_chunks(head: Head, hidden: jax.Array, targets: Targets) -> _Chunk:
-    """Whole blocks, stacked into chunks on axis 0; the last chunk is filled with weight 0."""
-    batch, tokens, _ = hidden.shape
-    blocks_per_row = tokens // head.block_tokens
-    blocks = batch * blocks_per_row
-    chunks = -(-blocks // max(1, head.chunk_tokens // head.block_tokens))
-    blocks_per_chunk = -(-blocks // chunks)
-    slots = targets.entry_id.shape[1] // blocks_per_row
+def _chunk_blocks(head: Head, blocks: int) -> tuple[int, int, int]:
+    """(blocks of the first chunk, of each further one, how many further ones there are).
 
-    def cut(array: jax.Array, per_block: int, fill: int) -> jax.Array:
-        array = array.reshape(blocks * per_block, *array.shape[2:])
-        missing = (chunks * blocks_per_chunk - blocks) * per_block
-        if missing:
-            padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
-            array = jnp.pad(array, padding, constant_values=fill)
-        return array.reshape(chunks, blocks_per_chunk * per_block, *array.shape[1:])
+    All chunks but the first are alike, so that they can be a loop's; the first has what is left.
+    """
+    each = min(blocks, max(1, head.chunk_tokens // head.block_tokens))
+    further = -(-blocks // each) - 1
+    return blocks - further * each, each, further
+
+
+def _chunk_at(
+    head: Head, hidden: jax.Array, targets: Targets, start: jax.Array | int, blocks: int
+) -> _Chunk:
+    """`blocks` blocks from block `start` on; those of a row follow those of the row before."""
+    slots = targets.entry_id.shape[1] // (hidden.shape[1] // head.block_tokens)
+
+    def cut(array: jax.Array, per_block: int) -> jax.Array:
+        array = array.reshape(-1, *array.shape[2:])
+        return lax.dynamic_slice_in_dim(array, start * per_block, blocks * per_block)
 
     # Position in the row → token of the chunk: the offset in its block + the block's first token.
-    offset = cut(targets.entry_position, slots, 0) % head.block_tokens
-    first = jnp.repeat(jnp.arange(blocks_per_chunk, dtype=jnp.int32) * head.block_tokens, slots)
+    offset = cut(targets.entry_position, slots) % head.block_tokens
+    first = jnp.repeat(jnp.arange(blocks, dtype=jnp.int32) * head.block_tokens, slots)
     return _Chunk(
-        hidden=cut(hidden, head.block_tokens, 0),
-        labels=cut(targets.labels, head.block_tokens, 0),
-        label_weight=cut(targets.label_weight, head.block_tokens, 0),
-        entry_id=cut(targets.entry_id, slots, -1),
-        entry_token=offset + first[None, :],
-        entry_weight=cut(targets.entry_weight, slots, 0),
-        entry_scale=cut(targets.entry_scale, head.block_tokens, 0),
+        hidden=cut(hidden, head.block_tokens),
+        labels=cut(targets.labels, head.block_tokens),
+        label_weight=cut(targets.label_weight, head.block_tokens),
+        entry_id=cut(targets.entry_id, slots),
+        entry_token=offset + first,
+        entry_weight=cut(targets.entry_weight, slots),
+        entry_scale=cut(targets.entry_scale, head.block_tokens),
     )
 
 
@@ -236,45 +239,44 @@ def _scan_chunks(
     if head.table_axis is not None:
         weights = lax.all_gather(weights, head.table_axis, axis=head.table_dimension, tiled=True)
 
-    def step(table_gradient: Any, chunk: _Chunk) -> tuple[Any, Any]:
+    def step(gradients: Any, start: jax.Array | int, blocks: int) -> tuple[Any, Any]:
+        chunk = _chunk_at(head, hidden, targets, start, blocks)
         losses, (unnormalised, scale) = _chunk_loss(head, chunk, weights, with_gradients)
         if not with_gradients:
-            return None, (losses, None)
+            return None, losses
+        dx, dw = gradients
         scaled = (chunk.hidden.astype(jnp.float32) * scale[:, None]).astype(chunk.hidden.dtype)
-        dx = jnp.einsum("cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32)
-        dx = _over_vocabulary(head, lax.psum, scale[:, None] * dx)
-        dw = jnp.einsum("cv,cd->vd", unnormalised, scaled, preferred_element_type=jnp.float32)
-        if table_gradient is not None:
-            dw = table_gradient + dw
-        return dw, (losses, dx.astype(hidden.dtype))
+        of_chunk = jnp.einsum(
+            "cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32
+        )
+        of_chunk = _over_vocabulary(head, lax.psum, scale[:, None] * of_chunk).astype(dx.dtype)
+        dx = lax.dynamic_update_slice_in_dim(dx, of_chunk, start * head.block_tokens, axis=0)
+        added = jnp.einsum("cv,cd->vd", unnormalised, scaled, preferred_element_type=jnp.float32)
+        return (dx, added if dw is None else dw + added), losses
 
-    chunks = _split_chunks(head, hidden, targets)
-
-    def step_at(table_gradient: Any, at: Any) -> tuple[Any, Any]:
-        return step(table_gradient, jax.tree.map(lambda x: x[at], chunks))
-
-    # The carry is as large as one float32 table: it is the gradient itself. The first chunk makes
-    # it; zeros would have to be written, and read to be added to.
-    carry: Any = None
-    found = []
-    if with_gradients:
-        carry, first = step_at(None, 0)
-        found = [jax.tree.map(lambda x: x[None], first)]
-    carry, rest = lax.scan(step_at, carry, jnp.arange(len(found), len(chunks.hidden)))
-    (chunk_kd, chunk_ce), chunk_dx = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts), *found, rest
-    )
     batch, tokens, width = hidden.shape
-    kd = chunk_kd.reshape(-1)[: batch * tokens].reshape(batch, tokens)
-    ce = chunk_ce.reshape(-1)[: batch * tokens].reshape(batch, tokens)
+    first, each, further = _chunk_blocks(head, batch * tokens // head.block_tokens)
+    # The gradient is as large as one float32 table. The first chunk makes it; zeros would have to
+    # be written, and read to be added to.
+    dx = jnp.zeros((batch * tokens, width), hidden.dtype)
+    gradients, losses = step((dx, None), 0, first)
+    if further:
+        gradients, of_further = lax.scan(
+            lambda gradients, at: step(gradients, first + at * each, each),
+            gradients,
+            jnp.arange(further),
+        )
+        losses = jax.tree.map(
+            lambda x, further: jnp.concatenate([x, further.reshape(-1)]), losses, of_further
+        )
+    kd, ce = (x.reshape(batch, tokens) for x in losses)
     loss = jnp.sum(targets.entry_scale * kd + targets.label_weight * ce)
     if head.batch_axes:
         loss = lax.psum(loss, head.batch_axes)
-    losses = Losses(loss, kd, ce)
     if not with_gradients:
-        return losses, None
-    dx = chunk_dx.reshape(-1, width)[: batch * tokens].reshape(hidden.shape)
-    return losses, (dx, _reduce_over_devices(head, carry))
+        return Losses(loss, kd, ce), None
+    dx, dw = gradients
+    return Losses(loss, kd, ce), (dx.reshape(hidden.shape), _reduce_over_devices(head, dw))
 
 
 def _reduce_over_devices(head: Head, table_gradient: jax.Array) -> jax.Array:

@@ -41,11 +41,10 @@ def stand_in(
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CUTS = {
-    "rows halved": Tiles(),
-    "columns halved": Tiles(by_rows=False),
-    "tall": Tiles(rows=256, columns=128, store_columns=32),
-    "staggered": Tiles(stagger=True, stages=2),
-    "shared table tiles": Tiles(cluster=2, stagger=True, walk=1),
+    "the fastest": Tiles(),
+    "a block alone": Tiles(cluster=1, store_columns=32),
+    "flat": Tiles(rows=64, columns=256, stages=3),
+    "two stages": Tiles(rows=64, columns=64, stages=2, walk=1),
 }
 
 
