@@ -1,54 +1,46 @@
-"""The head's scores on Hopper GPUs: one Pallas kernel that forms logits and never writes them.
+"""The head on Hopper GPUs: scores whose logits are never written, and the hidden states' gradient.
 
-A matrix product whose epilogue turns each tile of logits, in registers, into what the loss keeps of
-it: a tile of the unnormalised gradient and a part of each row's sum. Neither targets nor what is
-done with the result are known here.
+Two products with tiles of `hopper_product`. The first one's epilogue turns each tile of logits, in
+registers, into what the loss keeps of it: a tile of the unnormalised gradient and a part of each
+row's sum. Neither targets nor what is done with the results are known here.
 """
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
+
+from student_train.hopper_product import (
+    COMPUTING,
+    DEPTH,
+    Tiles,
+    Work,
+    clusters,
+    cover,
+    launch,
+    multiply,
+)
 
 LOG2_E = math.log2(math.e)
-# Two warpgroups compute in turns, a third only copies and gives them its registers.
-_COMPUTING, _COPYING_REGISTERS, _COMPUTING_REGISTERS = 2, 40, 232
-# Tiles are rows of 128 bytes, which is how wgmma reads them.
-DEPTH = 64
-# Pieces of results that a warpgroup has in shared memory: one is written, one on its way.
-_OUT_SLOTS = 2
 WIDTH_MULTIPLE = DEPTH
 # The gradient has a column for each row of the table, and TMA wants strides of 16 bytes.
 ROW_MULTIPLE = 8
 OLDEST_JAX = (0, 11)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the product is cut. Every choice gives the same sums, but for their order."""
-
-    rows: int = 128
-    """Rows (tokens) of a warpgroup's tile."""
-    columns: int = 128
-    """Columns (ids) of a warpgroup's tile."""
-    stages: int = 6
-    """Tiles of `rows` and `columns` by 64 that are in shared memory at once."""
-    store_columns: int = 64
-    """Columns that a warpgroup writes at once; its rows are those of its tile, at most 64."""
-    cluster: int = 2
-    """Blocks, one below the other, that read each tile of the table together: 1 or 2."""
-    walk: int = 32
-    """Tiles one below the other that are computed before the next column of tiles."""
-
-
 # The fastest of eight on an H200 (`benchmarks/head_speed.py --trials`), by little.
 TILES = Tiles()
+# Tiles one below the other that are computed before the next column of tiles.
+_WALK = 32
+# A piece of a tile on its way to memory has lines of 128 bytes. One is written, one on its way.
+_PIECE_ROWS, _PIECE_BYTES, _PIECES = 64, 128, 2
+# An item of fewer steps than this is mostly its epilogue.
+_FEWEST_STEPS = 32
+_MOST_SPLITS = 24
 
 
 def scores(
@@ -72,293 +64,154 @@ def scores(
       gradient: without, the first result is None and not computed.
       interpret: for a machine without a GPU, parameters of Pallas' interpreter.
     """
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     tiles = TILES if tiles is None else tiles
     count, width = hidden.shape[0], table.shape[0]
-    row_tiles = _cover(count, tiles.rows * tiles.cluster) * tiles.cluster
-    column_tiles = _cover(width, tiles.columns)
-    sums = jax.ShapeDtypeStruct((column_tiles, row_tiles * tiles.rows), jnp.float32)
+    rows, columns = _grid(count, width, tiles)
+    sums = jax.ShapeDtypeStruct((columns, rows * tiles.cluster * tiles.rows), jnp.float32)
     out = jax.ShapeDtypeStruct((count, width), jnp.bfloat16)
-    run = plgpu.kernel(
-        partial(_body, cap=cap, tiles=tiles, gradient=gradient),
+    run = launch(
+        partial(_scores, cap=cap, tiles=tiles),
+        tiles,
         out_type=(sums, out) if gradient else (sums,),
-        grid=(_processors() // tiles.cluster,),
-        grid_names=("cluster_grid",),
-        cluster=(tiles.cluster,),
-        cluster_names=("cluster",),
-        num_threads=_COMPUTING + 1,
-        thread_name="warpgroup",
-        # A row of logits is summed by the threads of one warp, without shared memory.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        kernel_name="head_scores",
+        name="head_scores",
         interpret=interpret,
     )
     found = run(hidden, table, jnp.reshape(valid, (1,)).astype(jnp.int32))
     return found[1] if gradient else None, 0.25 * jnp.sum(found[0], axis=0)[:count]
 
 
-def _cover(size: int, tile: int) -> int:
-    return -(-size // tile)
+def hidden_gradient(
+    unnormalised: Array,
+    table: Array,
+    *,
+    tiles: Tiles | None = None,
+    splits: int | None = None,
+    interpret: Any = None,
+) -> Array:
+    """float32 [C, D], the product of bfloat16 [C, V] with the table, bfloat16 [V, D].
+
+    A chunk's result has fewer tiles than a GPU has processors, or a few more, which would leave
+    most of them waiting. So V is cut into `splits` parts, whose products are added in memory, in
+    any order. Without `splits`, as many as give all processors the same to do.
+    """
+    tiles = TILES if tiles is None else tiles
+    (count, width), depth = unnormalised.shape, table.shape[1]
+    rows, columns = _grid(count, depth, tiles)
+    if splits is None:
+        splits = _splits(rows * columns, clusters(tiles), cover(width, DEPTH))
+    shape = (count, depth)
+    kernel = partial(
+        launch,
+        partial(_hidden_gradient, tiles=tiles, splits=splits),
+        tiles,
+        name="head_hidden_gradient",
+        interpret=interpret,
+    )
+    if splits == 1:
+        return kernel(out_type=jax.ShapeDtypeStruct(shape, jnp.float32))(unnormalised, table)
+    total = jax.new_ref(jnp.zeros(shape, jnp.float32))
+    kernel(out_type=())(unnormalised, table, total)
+    return jax.freeze(total)
 
 
-def _processors() -> int:
-    """Streaming multiprocessors; what an H100 or H200 has if this machine has no GPU."""
-    device = jax.devices()[0]
-    return int(device.core_count) if device.platform == "gpu" else 132
+def _grid(rows: int, columns: int, tiles: Tiles) -> tuple[int, int]:
+    """Tiles of a result: as many as a cluster has one below the other, and side by side."""
+    return cover(rows, tiles.rows * tiles.cluster), cover(columns, tiles.columns)
 
 
-def _body(
-    hidden: Any, table: Any, valid: Any, *results: Any, cap: float, tiles: Tiles, gradient: bool
-) -> None:
-    """The kernel of one block; every block has the same shared memory and barriers."""
-    import jax.experimental.pallas as pl
+def _splits(results: int, workers: int, steps: int) -> int:
+    """Into how many parts to cut the depth, so that the last round of `workers` is nearly full."""
+
+    def rounds(splits: int) -> int:
+        return cover(results * splits, workers) * cover(steps, splits)
+
+    return min(range(1, max(1, min(_MOST_SPLITS, steps // _FEWEST_STEPS)) + 1), key=rounds)
+
+
+def _scores(hidden: Any, table: Any, valid: Any, *results: Any, cap: float, tiles: Tiles) -> None:
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    lines = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
-    swizzle = plgpu.find_swizzle(tiles.store_columns * 16)
-    out_lines = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    barrier: Callable[..., Any] = plgpu.Barrier
-    if tiles.cluster > 1:
-        barrier = partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
-    buffers = {
-        "hidden_tiles": plgpu.SMEM(
-            (tiles.stages, tiles.rows, DEPTH), jnp.bfloat16, transforms=lines
-        ),
-        "table_tiles": plgpu.SMEM(
-            (tiles.stages, tiles.columns, DEPTH), jnp.bfloat16, transforms=lines
-        ),
-        "sums": plgpu.SMEM((_COMPUTING, tiles.rows), jnp.float32),
-        # Whoever waits at a barrier must wait every time: a warpgroup has its own.
-        "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTING * tiles.stages),
-        "read": barrier(num_arrivals=1, num_barriers=tiles.stages),
-    }
-    if gradient:
-        shape = (_COMPUTING, _OUT_SLOTS, min(tiles.rows, 64), tiles.store_columns)
-        buffers["out"] = plgpu.SMEM(shape, jnp.bfloat16, transforms=out_lines)
+    grid = _grid(hidden.shape[0], table.shape[0], tiles)
 
-    def run(**shared: Any) -> None:
-        warpgroup = lax.axis_index("warpgroup")
+    def place(item: Any) -> tuple[Any, Any, Any]:
+        # What runs at the same time is near each other, so that the L2 cache holds what it reads.
+        return *plgpu.planar_snake(item, grid, 0, min(_WALK, grid[0])), 0
 
-        @pl.when(warpgroup < _COMPUTING)
-        def _compute() -> None:
-            plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
-            limit = valid[0]
-            _compute_tiles(hidden, table, limit, results, shared, cap=cap, tiles=tiles)
-
-        @pl.when(warpgroup == _COMPUTING)
-        def _copy() -> None:
-            plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
-            _copy_tiles(hidden, table, shared, tiles)
-
-    pl.run_scoped(run, collective_axes="warpgroup", **buffers)
-
-
-def _grid(hidden: Any, table: Any, tiles: Tiles) -> tuple[int, int]:
-    """Tiles, or clusters of them, one below the other and side by side."""
-    return (
-        _cover(hidden.shape[0], tiles.rows * tiles.cluster),
-        _cover(table.shape[0], tiles.columns),
+    multiply(
+        hidden,
+        table,
+        Work(math.prod(grid), hidden.shape[1] // DEPTH, place),
+        tiles,
+        right_is_transposed=True,
+        scratch={"sums": plgpu.SMEM((COMPUTING, tiles.rows), jnp.float32)}
+        | (_pieces(jnp.bfloat16) if len(results) > 1 else {}),
+        epilogue=partial(_keep_scores, valid=valid, results=results, cap=cap),
     )
 
 
-def _own_tiles(grid: tuple[int, int]) -> Any:
-    """int32 [], how many tiles this block computes."""
-    blocks, own = lax.axis_size("cluster_grid"), lax.axis_index("cluster_grid")
-    return lax.div(grid[0] * grid[1] - own + blocks - 1, jnp.int32(blocks))
-
-
-def _for_each_tile(
-    grid: tuple[int, int], tiles: Tiles, visit: Callable[[Any, Any, Any], None]
-) -> None:
-    """visit(row tile, column tile, tiles before it) for those of this block.
-
-    Blocks that run at the same time work on tiles near each other, which the L2 cache then holds.
-    """
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="cluster_grid")
-    def _visit(info: Any) -> None:
-        group, column = plgpu.planar_snake(info.index[0], grid, 0, min(tiles.walk, grid[0]))
-        row = group * tiles.cluster + lax.axis_index("cluster")
-        visit(row, column, info.local_index)
-
-
-def _copy_tiles(hidden: Any, table: Any, shared: dict[str, Any], tiles: Tiles) -> None:
-    """Keep `stages` pairs of tiles on their way, from one warpgroup's product to the other's."""
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    steps = hidden.shape[1] // DEPTH
-    loaded, read = shared["loaded"], shared["read"]
-    stages = jnp.int32(tiles.stages)
-
-    def visit(row: Any, column: Any, before: Any) -> None:
-        @pl.loop(0, steps)
-        def _step(k: Any) -> None:
-            step = before * steps + k
-            slot = lax.rem(step, stages)
-
-            @pl.when(step >= stages)
-            def _wait() -> None:
-                plgpu.barrier_wait(read.at[slot])
-
-            signal = loaded.at[_warpgroup_of(before) * stages + slot]
-            depth = pl.ds(k * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(
-                hidden.at[pl.ds(row * tiles.rows, tiles.rows), depth],
-                shared["hidden_tiles"].at[slot],
-                signal,
-            )
-            plgpu.copy_gmem_to_smem(
-                table.at[pl.ds(column * tiles.columns, tiles.columns), depth],
-                shared["table_tiles"].at[slot],
-                signal,
-                collective_axes=None if tiles.cluster == 1 else "cluster",
-            )
-
-    grid = _grid(hidden, table, tiles)
-    _for_each_tile(grid, tiles, visit)
-    total = _own_tiles(grid) * steps
-
-    # A block may end only when nobody will arrive at its barriers any more.
-    @pl.loop(lax.max(total - stages, jnp.int32(0)), total)
-    def _drain(step: Any) -> None:
-        plgpu.barrier_wait(read.at[lax.rem(step, stages)])
-
-
-def _compute_tiles(
-    hidden: Any,
-    table: Any,
-    limit: Any,
-    results: tuple[Any, ...],
-    shared: dict[str, Any],
-    *,
-    cap: float,
-    tiles: Tiles,
-) -> None:
-    """Every second tile of this block: one warpgroup multiplies while the other does its epilogue.
-
-    Nothing more orders them. The tiles of one product are loaded before those of the next.
-    """
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    steps, stages = hidden.shape[1] // DEPTH, jnp.int32(tiles.stages)
-    warpgroup = lax.axis_index("warpgroup")
-    loaded, read = shared["loaded"], shared["read"]
-
-    def visit(row: Any, column: Any, before: Any) -> None:
-        def multiply(logits: Any) -> Any:
-            @pl.loop(0, steps)
-            def _step(k: Any) -> None:
-                step = before * steps + k
-                slot = lax.rem(step, stages)
-                plgpu.barrier_wait(loaded.at[warpgroup * stages + slot])
-                left = shared["hidden_tiles"].at[slot]
-                right = shared["table_tiles"].at[slot].transpose((1, 0))
-                plgpu.wgmma(logits, left, right)
-                # One product is in flight; the one before it has read its tiles.
-                plgpu.wgmma_wait(1)
-
-                @pl.when(k > 0)
-                def _release() -> None:
-                    plgpu.barrier_arrive(read.at[lax.rem(step - 1, stages)])
-
-            return logits[...]
-
-        @pl.when(_warpgroup_of(before) == warpgroup)
-        def _own() -> None:
-            logits = pl.run_scoped(multiply, plgpu.ACC((tiles.rows, tiles.columns), jnp.float32))
-            plgpu.barrier_arrive(read.at[lax.rem((before + 1) * steps - 1, stages)])
-            _write(logits, row, column, limit, results, shared, cap=cap, tiles=tiles)
-
-    _for_each_tile(_grid(hidden, table, tiles), tiles, visit)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _warpgroup_of(before: Any) -> Any:
-    """int32 [], which warpgroup has the tile that comes after `before` others of this block."""
-    return lax.rem(before, jnp.int32(_COMPUTING))
-
-
-def _write(
+def _keep_scores(
     logits: Any,
     row: Any,
     column: Any,
-    limit: Any,
-    results: tuple[Any, ...],
-    shared: dict[str, Any],
+    scratch: Mapping[str, Any],
     *,
+    valid: Any,
+    results: tuple[Any, ...],
     cap: float,
-    tiles: Tiles,
 ) -> None:
-    """The epilogue: a warpgroup's logits become results; only tiles with unknown ids are masked.
+    """Only tiles with unknown ids are masked.
 
     The branch has another use. Without one the compiler lets the arithmetic begin before the last
     tiles that were read are given back to the copying warpgroup, which then loads them late.
     """
     import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    write = partial(_write_pieces, logits, row, column, results, shared, cap=cap, tiles=tiles)
-    all_known = (column + 1) * tiles.columns <= limit
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    limit = valid[0]
+    keep = partial(_keep_pieces, logits, row, column, scratch, results=results, cap=cap)
+    all_known = (column + 1) * logits.shape[1] <= limit
 
     @pl.when(all_known)
     def _known() -> None:
-        write(limit=None)
+        keep(limit=None)
 
     @pl.when(jnp.logical_not(all_known))
     def _masked() -> None:
-        write(limit=limit)
+        keep(limit=limit)
 
 
-def _write_pieces(
+def _keep_pieces(
     logits: Any,
     row: Any,
     column: Any,
-    results: tuple[Any, ...],
-    shared: dict[str, Any],
+    scratch: Mapping[str, Any],
     *,
     limit: Any | None,
+    results: tuple[Any, ...],
     cap: float,
-    tiles: Tiles,
 ) -> None:
-    """In pieces that fit the warpgroup's shared memory, one written while the next is computed."""
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     warpgroup = lax.axis_index("warpgroup")
-    store = min(tiles.rows, 64), tiles.store_columns
-    first_row, first_column = row * tiles.rows, column * tiles.columns
-    pieces = itertools.product(range(0, tiles.rows, store[0]), range(0, tiles.columns, store[1]))
     total: dict[int, Any] = {}
-    for index, (down, right) in enumerate(pieces):
-        piece = logits[down : down + store[0], right : right + store[1]]
+
+    def keep(piece: Any, down: int, right: int) -> Any:
         exponential, gradient = _exponential(piece, cap)
         if limit is not None:
-            ids = plgpu.broadcasted_iota(jnp.int32, store, 1, layout=plgpu.Layout.WGMMA)
-            known = ids < limit - first_column - right
+            ids = plgpu.broadcasted_iota(jnp.int32, piece.shape, 1, layout=plgpu.Layout.WGMMA)
+            known = ids < limit - column * logits.shape[1] - right
             exponential = jnp.where(known, exponential, 0.0)
             gradient = jnp.where(known, gradient, 0.0)
         summed = jnp.sum(exponential, axis=1)
-        total[down] = summed if right == 0 else total[down] + summed
-        if len(results) == 1:
-            continue
-        out = shared["out"].at[warpgroup, index % _OUT_SLOTS]
-        if index >= _OUT_SLOTS:
-            plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
-        out[...] = gradient.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        rows, columns = pl.ds(first_row + down, store[0]), pl.ds(first_column + right, store[1])
-        plgpu.copy_smem_to_gmem(out, results[1].at[rows, columns])
+        total[down] = total[down] + summed if down in total else summed
+        return gradient.astype(jnp.bfloat16)
+
+    _send(logits, row, column, jnp.bfloat16, scratch, results[1:], keep)
     for down, summed in total.items():
-        shared["sums"][warpgroup, pl.ds(down, store[0])] = summed
+        scratch["sums"][warpgroup, pl.ds(down, _PIECE_ROWS)] = summed
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-        shared["sums"].at[warpgroup], results[0].at[column, pl.ds(first_row, tiles.rows)]
-    )
+    rows = pl.ds(row * logits.shape[0], logits.shape[0])
+    plgpu.copy_smem_to_gmem(scratch["sums"].at[warpgroup], results[0].at[column, rows])
 
 
 def _exponential(logits: Any, cap: float) -> tuple[Any, Any]:
@@ -374,3 +227,79 @@ def _exponential(logits: Any, cap: float) -> tuple[Any, Any]:
     exponential = jnp.exp2((cap * LOG2_E + 2) - (2 * cap * LOG2_E) * share)
     part = share * exponential
     return exponential, part - part * share
+
+
+def _hidden_gradient(
+    unnormalised: Any, table: Any, total: Any, *, tiles: Tiles, splits: int
+) -> None:
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    grid = _grid(unnormalised.shape[0], table.shape[1], tiles)
+    results = jnp.int32(math.prod(grid))
+    # The last part may be shorter; beyond the table are zeros.
+    steps = cover(cover(table.shape[0], DEPTH), splits)
+
+    def place(item: Any) -> tuple[Any, Any, Any]:
+        # All tiles of one part before the next: what is read of it is in the L2 cache.
+        row, column = plgpu.planar_snake(lax.rem(item, results), grid, 0, grid[0])
+        return row, column, lax.div(item, results) * steps
+
+    def send(tile: Any, row: Any, column: Any, scratch: Mapping[str, Any]) -> None:
+        _send(
+            tile, row, column, jnp.float32, scratch, (total,), lambda piece, *_: piece, splits > 1
+        )
+
+    multiply(
+        unnormalised,
+        table,
+        Work(math.prod(grid) * splits, steps, place),
+        tiles,
+        right_is_transposed=False,
+        scratch=_pieces(jnp.float32),
+        epilogue=send,
+    )
+
+
+def _pieces(dtype: DTypeLike) -> dict[str, Any]:
+    """Shared memory for what leaves a tile."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    columns = _PIECE_BYTES // jnp.dtype(dtype).itemsize
+    lines = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(_PIECE_BYTES))
+    shape = (COMPUTING, _PIECES, _PIECE_ROWS, columns)
+    return {"pieces": plgpu.SMEM(shape, dtype, transforms=lines)}
+
+
+def _send(
+    tile: Any,
+    row: Any,
+    column: Any,
+    dtype: DTypeLike,
+    scratch: Mapping[str, Any],
+    out: tuple[Any, ...],
+    result_of: Callable[[Any, int, int], Any],
+    add: bool = False,
+) -> None:
+    """Write, or add, result_of(piece, its first row and column) of a tile's pieces to memory.
+
+    One piece is computed while another is on its way. Without `out` they are only computed.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    warpgroup = lax.axis_index("warpgroup")
+    height, width = _PIECE_ROWS, _PIECE_BYTES // jnp.dtype(dtype).itemsize
+    corners = itertools.product(range(0, tile.shape[0], height), range(0, tile.shape[1], width))
+    for index, (down, right) in enumerate(corners):
+        result = result_of(tile[down : down + height, right : right + width], down, right)
+        for target in out:
+            place = scratch["pieces"].at[warpgroup, index % _PIECES]
+            if index >= _PIECES:
+                plgpu.wait_smem_to_gmem(_PIECES - 1, wait_read_only=True)
+            place[...] = result
+            plgpu.commit_smem()
+            rows = pl.ds(row * tile.shape[0] + down, height)
+            columns = pl.ds(column * tile.shape[1] + right, width)
+            plgpu.copy_smem_to_gmem(
+                place, target.at[rows, columns], reduction_op="add" if add else None
+            )

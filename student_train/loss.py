@@ -427,6 +427,13 @@ def _fused_scores(
     )
 
 
+def _times_table(head: Head, unnormalised: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32 [C, D], G·W of this device's part of the vocabulary."""
+    if head.kernel == "hopper":
+        return head_hopper.hidden_gradient(unnormalised, weights)
+    return jnp.einsum("cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32)
+
+
 def _over_vocabulary(head: Head, combine: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """Combine what each device found in its part of the vocabulary."""
     return x if head.vocab_axis is None else combine(x, head.vocab_axis)

@@ -1,6 +1,8 @@
 """The fused head: its kernel in an interpreter, and the loss around a stand-in for the kernel."""
 
 import functools
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,9 +13,9 @@ from test_student_train_loss import CASES, Case, mixed, relative_error, rounded_
 
 from schemas.errors import ConfigError
 from schemas.runs import MeshConfig
-from student_train import head_hopper
+from student_train import head_hopper, hopper_product
 from student_train import mesh as meshes
-from student_train.head_hopper import Tiles
+from student_train.hopper_product import Tiles, Work
 from student_train.loss import Head, Losses, resolve_kernel, sparse_target_loss
 from student_train.step import make_loss
 
@@ -31,20 +33,30 @@ def plain_scores(hidden: jax.Array, table: jax.Array, valid: jax.Array, *, cap: 
     return (1 - ratio * ratio) * exponential, jnp.sum(exponential, axis=1), logits
 
 
-def stand_in(
+def stand_in_scores(
     hidden: jax.Array, table: jax.Array, valid: jax.Array, *, cap: float, gradient: bool = True
 ) -> Any:
     unnormalised, sums, _ = plain_scores(hidden, table, valid, cap=cap)
     return unnormalised.astype(hidden.dtype) if gradient else None, sums
 
 
+def plain_gradient(unnormalised: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("cv,vd->cd", unnormalised, table, preferred_element_type=jnp.float32)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_hopper, "scores", stand_in_scores)
+    monkeypatch.setattr(head_hopper, "hidden_gradient", plain_gradient)
+
+
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CUTS = {
     "the fastest": Tiles(),
-    "a block alone": Tiles(cluster=1, store_columns=32),
-    "flat": Tiles(rows=64, columns=256, stages=3),
-    "two stages": Tiles(rows=64, columns=64, stages=2, walk=1),
+    "a block alone": Tiles(cluster=1, stages=3),
+    "flat": Tiles(rows=64, columns=256, stages=4),
+    "two stages": Tiles(rows=64, columns=64, stages=2),
 }
 
 
@@ -57,7 +69,7 @@ def test_the_interpreted_kernel_gives_the_scores(
     """Sizes that no tile divides, logits far beyond the cap, more blocks than tiles."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    monkeypatch.setattr(head_hopper, "_processors", lambda: blocks)
+    monkeypatch.setattr(hopper_product, "clusters", lambda tiles: blocks // tiles.cluster)
     random = np.random.default_rng(0)
     hidden = jnp.asarray(random.normal(size=(200, 192)) * 3, jnp.bfloat16)
     table = jnp.asarray(random.normal(size=(328, 192)), jnp.bfloat16)
@@ -79,23 +91,78 @@ def test_the_interpreted_kernel_gives_the_scores(
 
 @needs_pallas
 @pytest.mark.parametrize("name", CUTS)
-def test_the_kernel_compiles_to_the_gpu_dialect(name: str) -> None:
-    """As far as it goes without a GPU: layouts, shared memory and barriers at Gemma's sizes."""
-    run = jax.jit(functools.partial(head_hopper.scores, cap=30.0, tiles=CUTS[name]))
-    traced = run.trace(
-        jax.ShapeDtypeStruct((1408, 2304), jnp.bfloat16),
-        jax.ShapeDtypeStruct((256_128, 2304), jnp.bfloat16),
-        jax.ShapeDtypeStruct((), jnp.int32),
+def test_the_interpreted_kernel_gives_the_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that no tile divides. The interpreter cannot add to memory: in one part."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    monkeypatch.setattr(hopper_product, "clusters", lambda tiles: 2 // tiles.cluster)
+    random = np.random.default_rng(0)
+    unnormalised = jnp.asarray(random.normal(size=(200, 328)), jnp.bfloat16)
+    table = jnp.asarray(random.normal(size=(328, 320)), jnp.bfloat16)
+    run = functools.partial(
+        head_hopper.hidden_gradient,
+        tiles=CUTS[name],
+        splits=1,
+        interpret=plgpu.InterpretGPUParams(),
     )
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    expected = plain_gradient(unnormalised, table)
+    np.testing.assert_allclose(jax.jit(run)(unnormalised, table), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("splits", [1, 3, 11])
+def test_the_parts_of_a_gradient_are_all_of_it(
+    splits: int, cluster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile of the result once with every step, though no part is as long as the others."""
+    found: list[Work] = []
+    monkeypatch.setattr(
+        head_hopper, "multiply", lambda left, right, work, *_, **__: found.append(work)
+    )
+    unnormalised, table, total = (
+        SimpleNamespace(shape=shape) for shape in ((1300, 5000), (5000, 200), (1300, 200))
+    )
+    tiles = Tiles(cluster=cluster)
+    head_hopper._hidden_gradient(unnormalised, table, total, tiles=tiles, splits=splits)
+    (work,) = found
+    items = [tuple(map(int, work.place(jnp.int32(item)))) for item in range(work.items)]
+    rows, columns = -(-1300 // (128 * cluster)), 2
+    firsts = [part * work.steps for part in range(splits)]
+    assert sorted(items) == list(itertools.product(range(rows), range(columns), firsts))
+    assert splits * work.steps * 64 >= 5000 > (splits * work.steps - splits) * 64
+
+
+def test_parts_fill_the_last_round() -> None:
+    """132 processors in pairs. Chunks of 1,024 and 1,280: 72 and 90 tiles for 66 pairs."""
+    assert head_hopper._splits(72, 66, 4002) == head_hopper._splits(90, 66, 4002) == 11
+    assert head_hopper._splits(66, 66, 4002) == 1
+    # Too short to be cut.
+    assert head_hopper._splits(3, 66, 40) == 1
+
+
+@needs_pallas
+@pytest.mark.parametrize("name", CUTS)
+def test_the_kernels_compile_to_the_gpu_dialect(name: str) -> None:
+    """As far as it goes without a GPU: layouts, shared memory and barriers at Gemma's sizes."""
+    hidden, table, unnormalised = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((1408, 2304), (256_128, 2304), (1408, 256_128))
+    )
+    scores = jax.jit(functools.partial(head_hopper.scores, cap=30.0, tiles=CUTS[name]))
+    gradient = jax.jit(functools.partial(head_hopper.hidden_gradient, tiles=CUTS[name], splits=11))
+    for traced in (
+        scores.trace(hidden, table, jax.ShapeDtypeStruct((), jnp.int32)),
+        gradient.trace(unnormalised, table),
+    ):
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.cap == 30.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
-def test_loss_and_gradients_around_the_kernel(
-    name: str, alpha: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(head_hopper, "scores", stand_in)
+@pytest.mark.usefixtures("stand_ins")
+def test_loss_and_gradients_around_the_kernels(name: str, alpha: float) -> None:
     case = CASES[name]
     hidden, table, targets = case.arrays()
     targets = mixed(targets, alpha)
@@ -116,10 +183,10 @@ def test_loss_and_gradients_around_the_kernel(
         assert relative_error(found, value) < 2e-6
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("model", [1, 4])
 def test_devices_share_the_vocabulary(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first padded id lies within one device's part, and the last device knows none."""
-    monkeypatch.setattr(head_hopper, "scores", stand_in)
     case = Case(batch=8, width=24, vocab=700, padded=1000, dtype=jnp.bfloat16)
     hidden, table, targets = case.arrays()
     head = case.head()._replace(kernel="hopper")
