@@ -32,8 +32,9 @@ WIDTH_MULTIPLE = DEPTH
 # The gradient has a column for each row of the table, and TMA wants strides of 16 bytes.
 ROW_MULTIPLE = 8
 OLDEST_JAX = (0, 11)
-# The fastest of eight on an H200 (`benchmarks/head_speed.py --trials`), by little.
-TILES = Tiles()
+# The fastest of eight on an H200 (`benchmarks/head_speed.py --trials`), and one that is nearly as
+# fast, for rows that a cluster's tiles do not divide: what lies beyond them is slow to load.
+SQUARE, FLAT = Tiles(), Tiles(rows=64, columns=256, stages=4)
 # Tiles one below the other that are computed before the next column of tiles.
 _WALK = 32
 # A piece of a tile on its way to memory has lines of 128 bytes. One is written, one on its way.
@@ -60,12 +61,12 @@ def scores(
       table: bfloat16 [V, D], V a multiple of 8.
       valid: int32 []; columns from here on hold 0 and add nothing.
       cap: so small that exp(cap)·V fits float32.
-      tiles: how the product is cut; `TILES` if not given.
+      tiles: how the product is cut; if not given, what is fastest for these rows.
       gradient: without, the first result is None and not computed.
       interpret: for a machine without a GPU, parameters of Pallas' interpreter.
     """
-    tiles = TILES if tiles is None else tiles
     count, width = hidden.shape[0], table.shape[0]
+    tiles = tiles or _fastest(count)
     rows, columns = _grid(count, width, tiles)
     sums = jax.ShapeDtypeStruct((columns, rows * tiles.cluster * tiles.rows), jnp.float32)
     out = jax.ShapeDtypeStruct((count, width), jnp.bfloat16)
@@ -94,8 +95,8 @@ def hidden_gradient(
     most of them waiting. So V is cut into `splits` parts, whose products are added in memory, in
     any order. Without `splits`, as many as give all processors the same to do.
     """
-    tiles = TILES if tiles is None else tiles
     (count, width), depth = unnormalised.shape, table.shape[1]
+    tiles = tiles or _fastest(count)
     rows, columns = _grid(count, depth, tiles)
     if splits is None:
         splits = _splits(rows * columns, clusters(tiles), cover(width, DEPTH))
@@ -112,6 +113,10 @@ def hidden_gradient(
     total = jax.new_ref(jnp.zeros(shape, jnp.float32))
     kernel(out_type=())(unnormalised, table, total)
     return jax.freeze(total)
+
+
+def _fastest(rows: int) -> Tiles:
+    return FLAT if rows % (SQUARE.rows * SQUARE.cluster) else SQUARE
 
 
 def _grid(rows: int, columns: int, tiles: Tiles) -> tuple[int, int]:

@@ -246,9 +246,7 @@ def _scan_chunks(
             return None, losses
         dx, dw = gradients
         scaled = (chunk.hidden.astype(jnp.float32) * scale[:, None]).astype(chunk.hidden.dtype)
-        of_chunk = jnp.einsum(
-            "cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32
-        )
+        of_chunk = _times_table(head, unnormalised, weights)
         of_chunk = _over_vocabulary(head, lax.psum, scale[:, None] * of_chunk).astype(dx.dtype)
         dx = lax.dynamic_update_slice_in_dim(dx, of_chunk, start * head.block_tokens, axis=0)
         added = jnp.einsum("cv,cd->vd", unnormalised, scaled, preferred_element_type=jnp.float32)
