@@ -42,6 +42,8 @@ _PIECE_ROWS, _PIECE_BYTES, _PIECES = 64, 128, 2
 # An item of fewer steps than this is mostly its epilogue.
 _FEWEST_STEPS = 32
 _MOST_SPLITS = 24
+# From here on XLA's product leaves no processor idle either, and takes less energy.
+_ENOUGH_ROWS = 2048
 
 
 def scores(
@@ -91,11 +93,14 @@ def hidden_gradient(
 ) -> Array:
     """float32 [C, D], the product of bfloat16 [C, V] with the table, bfloat16 [V, D].
 
-    A chunk's result has fewer tiles than a GPU has processors, or a few more, which would leave
-    most of them waiting. So V is cut into `splits` parts, whose products are added in memory, in
-    any order. Without `splits`, as many as give all processors the same to do.
+    The result of a small chunk has fewer tiles than a GPU has processors, or a few more, which
+    would leave most of them waiting. So V is cut into `splits` parts, whose products are added in
+    memory, in any order. Without `splits`, as many as give all processors the same to do; without
+    `tiles` either, rows enough are left to XLA.
     """
     (count, width), depth = unnormalised.shape, table.shape[1]
+    if tiles is None and splits is None and count >= _ENOUGH_ROWS:
+        return jnp.einsum("cv,vd->cd", unnormalised, table, preferred_element_type=jnp.float32)
     tiles = tiles or _fastest(count)
     rows, columns = _grid(count, depth, tiles)
     if splits is None:

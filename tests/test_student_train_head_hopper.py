@@ -145,6 +145,25 @@ def test_the_parts_of_a_gradient_are_all_of_it(
     assert splits * work.steps * 64 >= 5000 > (splits * work.steps - splits) * 64
 
 
+def test_rows_enough_are_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_hopper, "_ENOUGH_ROWS", 200)
+    random = np.random.default_rng(0)
+    unnormalised = jnp.asarray(random.normal(size=(200, 328)), jnp.bfloat16)
+    table = jnp.asarray(random.normal(size=(328, 320)), jnp.bfloat16)
+    found = head_hopper.hidden_gradient(unnormalised, table)
+    np.testing.assert_array_equal(found, plain_gradient(unnormalised, table))
+
+    class Launched(Exception):
+        pass
+
+    def launch(*_: Any, **__: Any) -> Any:
+        raise Launched
+
+    monkeypatch.setattr(head_hopper, "launch", launch)
+    with pytest.raises(Launched):
+        head_hopper.hidden_gradient(unnormalised[1:], table)
+
+
 def test_parts_fill_the_last_round() -> None:
     """132 processors in pairs. Chunks of 1,024 and 1,280: 72 and 90 tiles for 66 pairs."""
     assert head_hopper._splits(72, 66, 4002) == head_hopper._splits(90, 66, 4002) == 11
