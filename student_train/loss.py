@@ -408,7 +408,9 @@ def _fused_scores(
     assert head.final_cap is not None
     width = weights.shape[0]
     valid = jnp.clip(jnp.int32(head.valid_vocab) - first, 0, width)
-    unnormalised, total = head_hopper.scores(
+    # Compiled apart, so that the first chunk and the loop share what is lowered.
+    scores = jax.jit(head_hopper.scores, static_argnames=("cap", "gradient"))
+    unnormalised, total = scores(
         hidden, weights, valid, cap=head.final_cap, gradient=with_gradients
     )
 
@@ -428,7 +430,7 @@ def _fused_scores(
 def _times_table(head: Head, unnormalised: jax.Array, weights: jax.Array) -> jax.Array:
     """float32 [C, D], G·W of this device's part of the vocabulary."""
     if head.kernel == "hopper":
-        return head_hopper.hidden_gradient(unnormalised, weights)
+        return jax.jit(head_hopper.hidden_gradient)(unnormalised, weights)
     return jnp.einsum("cv,vd->cd", unnormalised, weights, preferred_element_type=jnp.float32)
 
 
