@@ -256,17 +256,21 @@ def _scan_chunks(
     first, each, further = _chunk_blocks(head, batch * tokens // head.block_tokens)
     # The gradient is as large as one float32 table. The first chunk makes it; zeros would have to
     # be written, and read to be added to.
-    dx = jnp.zeros((batch * tokens, width), hidden.dtype)
-    gradients, losses = step((dx, None), 0, first)
+    gradients: Any = (jnp.zeros((batch * tokens, width), hidden.dtype), None)
+    found = []
+    if with_gradients or first != each:
+        gradients, losses = step(gradients, 0, first)
+        found.append(losses)
+    else:
+        gradients, first, further = None, 0, further + 1
     if further:
-        gradients, of_further = lax.scan(
+        gradients, losses = lax.scan(
             lambda gradients, at: step(gradients, first + at * each, each),
             gradients,
             jnp.arange(further),
         )
-        losses = jax.tree.map(
-            lambda x, further: jnp.concatenate([x, further.reshape(-1)]), losses, of_further
-        )
+        found.append(jax.tree.map(jnp.ravel, losses))
+    losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
     kd, ce = (x.reshape(batch, tokens) for x in losses)
     loss = jnp.sum(targets.entry_scale * kd + targets.label_weight * ce)
     if head.batch_axes:
