@@ -29,9 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemma2 import attention
+from schemas.errors import ConfigError
 from student_train import head_hopper
 from student_train.hopper_product import Tiles
-from student_train.loss import Head, Targets, sparse_target_loss
+from student_train.loss import Head, Targets, resolve_kernel, sparse_target_loss
 
 CAP = 30.0
 BLOCK_TOKENS = 64
@@ -365,6 +367,16 @@ def peers(
         yield name, {key: round(value, 2) for key, value in measured.items()}, result
 
 
+def tiles(text: str) -> Tiles:
+    try:
+        return Tiles(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(Tiles))
+        raise argparse.ArgumentTypeError(
+            f"tiles are a JSON object of {known}, but got {text!r}"
+        ) from error
+
+
 def main() -> None:
     # PyTorch needs its part of the memory too; read when JAX first touches the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -378,7 +390,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--square", type=int, default=8192)
     parser.add_argument("--kernels", nargs="*", default=["portable", "hopper"])
-    parser.add_argument("--trials", type=json.loads, nargs="*", help="Fields of Tiles, as JSON.")
+    parser.add_argument("--trials", type=tiles, nargs="*", help="Fields of Tiles, as JSON.")
     parser.add_argument("--trial-tokens", type=int, default=2048)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--hlo", help="Write each compiled program to files of this name.")
@@ -387,6 +399,10 @@ def main() -> None:
     padded = max(arguments.padded, arguments.vocab)
     if arguments.vocab != parser.get_default("vocab"):
         padded = -(-arguments.vocab // 128) * 128
+
+    if tokens % BLOCK_TOKENS:
+        parser.error(f"--tokens must be a multiple of {BLOCK_TOKENS}, but it is {tokens}")
+    device_kind = attention.device_kind(jax.devices()[0])
 
     rate = product_rate(arguments.square, arguments.calls)
     floor = 3 * 2 * tokens * width * padded / rate * 1e3
@@ -407,8 +423,8 @@ def main() -> None:
     table = (table * (SPREAD / width**0.5)).astype(jnp.bfloat16).astype(jnp.float32)
 
     if arguments.trials is not None:
-        tries = [Tiles(**fields) for fields in arguments.trials] or TRIALS
         rows = hidden[: arguments.trial_tokens]
+        tries = arguments.trials or TRIALS
         for measured in trials(rows, table, arguments.vocab, tries, arguments.calls):
             print(json.dumps(measured), flush=True)
 
@@ -427,11 +443,19 @@ def main() -> None:
         )
         for chunk in arguments.chunks:
             for kernel in arguments.kernels:
+                name = f"{kernel}, chunks of {chunk}"
                 head = Head(arguments.vocab, CAP, BLOCK_TOKENS, chunk, kernel=kernel)
+                try:
+                    head = resolve_kernel(
+                        head, device_kind, dtype=hidden.dtype, table_shape=table.shape
+                    )
+                except ConfigError as error:
+                    report(name, entries, {"ms": str(error)}, None, expected)
+                    continue
                 measured, result = retort(
                     hidden, table, targets, head, arguments.calls, arguments.hlo
                 )
-                report(f"{kernel}, chunks of {chunk}", entries, measured, result, expected)
+                report(name, entries, measured, result, expected)
                 del result
     if arguments.no_peers:
         return

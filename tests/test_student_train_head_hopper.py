@@ -1,4 +1,4 @@
-"""The fused head: its kernel in an interpreter, and the loss around a stand-in for the kernel."""
+"""The fused head: its kernels in an interpreter, and the loss around stand-ins for them."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from schemas.runs import MeshConfig
 from student_train import head_hopper, hopper_product
 from student_train import mesh as meshes
 from student_train.hopper_product import Tiles, Work
-from student_train.loss import Head, Losses, resolve_kernel, sparse_target_loss
+from student_train.loss import Head, Losses, Targets, resolve_kernel, sparse_target_loss
 from student_train.step import make_loss
 
 needs_pallas = pytest.mark.skipif(
@@ -127,7 +127,7 @@ def test_the_interpreted_kernel_gives_the_gradient(
 def test_the_parts_of_a_gradient_are_all_of_it(
     splits: int, cluster: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every tile of the result once with every step, though no part is as long as the others."""
+    """Every tile of the result once with every step; the last part is shorter than the others."""
     found: list[Work] = []
     monkeypatch.setattr(
         head_hopper, "multiply", lambda left, right, work, *_, **__: found.append(work)
@@ -187,6 +187,32 @@ def test_the_kernels_compile_to_the_gpu_dialect(name: str) -> None:
         gradient.trace(unnormalised, table),
     ):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_pallas
+def test_devices_lower_each_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a mesh of three axes, with three chunks each: one for the first chunk and the loop."""
+    monkeypatch.setattr("student_train.step.resolve_kernel", lambda head, *_, **__: head)
+    mesh = meshes.make_mesh(MeshConfig(replica=2, fsdp=2, model=2), jax.devices())
+    loss = make_loss(HEAD, mesh)
+    rows, tokens = 4, 3072
+
+    def of_tokens(dtype: Any, each: int = 1) -> Any:
+        return jax.ShapeDtypeStruct((rows, tokens * each), dtype)
+
+    targets = Targets(
+        labels=of_tokens(jnp.int32),
+        label_weight=of_tokens(jnp.float32),
+        entry_id=of_tokens(jnp.int32, 2),
+        entry_position=of_tokens(jnp.int32, 2),
+        entry_weight=of_tokens(jnp.float32, 2),
+        entry_scale=of_tokens(jnp.float32),
+    )
+    run = jax.jit(jax.grad(lambda x, w, t: loss(x, w, t).loss, argnums=(0, 1)))
+    hidden = jax.ShapeDtypeStruct((rows, tokens, 128), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((256_128, 128), jnp.float32)
+    text = run.trace(hidden, table, targets).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.cap == 30.0])
