@@ -5,9 +5,11 @@ it on any machine. The *floor* is what three products of [tokens, width] with [v
 the rate of a square product of 8192, measured in the same run. Times are medians: `ms` of one of
 four calls in a row, as no training step waits for its head; `waited_ms` of calls that each end
 before the next begins, with what the host does for each. `extra` is what the compiled function
-needs besides its arguments, gradients included: the table's is float32 [V, D]. The errors are
-relative norms of the difference from a dense float32 computation on the rounded table. Peers in
-PyTorch run if it is installed; given a bfloat16 table they return its gradient in bfloat16.
+needs besides its arguments, gradients included. `table` is the type of the table that is given and
+of its gradient that is returned: float32 as in the trainer, where a copy in bfloat16 is part of
+what is timed and counted, or bfloat16 as in peers. Sums over chunks are float32 with either. The
+errors are relative norms of the difference from a dense float32 computation on the rounded table.
+Peers in PyTorch run if it is installed.
 
 `--trials` first times the two fused kernels alone beside XLA's products of the same size, cut in
 several ways. `{"cluster": 1}` and the like, fields of `hopper_product.Tiles`, are tried instead if
@@ -16,6 +18,7 @@ given.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -41,6 +44,7 @@ ALPHA = 0.9
 # Standard deviation of Gaussian scores over V ids with entropy ln V - sd^2 / 2 = 3.5 nats.
 SPREAD = 4.2
 GIB = 2**30
+TABLES = ("float32", "bfloat16")
 TRIALS = (
     Tiles(),
     Tiles(cluster=1),
@@ -208,7 +212,7 @@ def retort(
     hidden = hidden[None]
     compiled = both.lower(hidden, table, targets).compile()
     if hlo:
-        with open(f"{hlo}.{head.kernel}.{head.chunk_tokens}.txt", "w") as file:
+        with open(f"{hlo}.{head.kernel}.{head.chunk_tokens}.{table.dtype}.txt", "w") as file:
             file.write(compiled.as_text())
     memory = compiled.memory_analysis()
 
@@ -387,6 +391,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2304)
     parser.add_argument("--entries", type=int, nargs="*", default=[12, 32])
     parser.add_argument("--chunks", type=int, nargs="*", default=[1024, 1280, 2048, 4096])
+    parser.add_argument("--tables", nargs="*", choices=TABLES, default=TABLES)
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--square", type=int, default=8192)
     parser.add_argument("--kernels", nargs="*", default=["portable", "hopper"])
@@ -428,10 +433,12 @@ def main() -> None:
         for measured in trials(rows, table, arguments.vocab, tries, arguments.calls):
             print(json.dumps(measured), flush=True)
 
-    def report(name: str, entries: int, measured: dict[str, Any], result: Any, wanted: Any) -> None:
+    def report(
+        name: str, dtype: str, entries: int, measured: dict[str, Any], result: Any, wanted: Any
+    ) -> None:
         if result is not None:
             measured = measured | errors(result, wanted)
-        line = {"what": name, "entries": entries} | measured
+        line = {"what": name, "table": dtype, "entries": entries} | measured
         if isinstance(line["ms"], float):
             line["of_floor"] = round(line["ms"] / floor, 3)
         print(json.dumps(line), flush=True)
@@ -441,29 +448,30 @@ def main() -> None:
         expected = reference(
             hidden, table, *map(jnp.asarray, padded_entries(targets)), arguments.vocab
         )
-        for chunk in arguments.chunks:
-            for kernel in arguments.kernels:
-                name = f"{kernel}, chunks of {chunk}"
-                head = Head(arguments.vocab, CAP, BLOCK_TOKENS, chunk, kernel=kernel)
-                try:
-                    head = resolve_kernel(
-                        head, device_kind, dtype=hidden.dtype, table_shape=table.shape
-                    )
-                except ConfigError as error:
-                    report(name, entries, {"ms": str(error)}, None, expected)
-                    continue
-                measured, result = retort(
-                    hidden, table, targets, head, arguments.calls, arguments.hlo
+        for dtype, chunk, kernel in itertools.product(
+            arguments.tables, arguments.chunks, arguments.kernels
+        ):
+            name = f"{kernel}, chunks of {chunk}"
+            head = Head(arguments.vocab, CAP, BLOCK_TOKENS, chunk, kernel=kernel)
+            try:
+                head = resolve_kernel(
+                    head, device_kind, dtype=hidden.dtype, table_shape=table.shape
                 )
-                report(name, entries, measured, result, expected)
-                del result
+            except ConfigError as error:
+                report(name, dtype, entries, {"ms": str(error)}, None, expected)
+                continue
+            measured, result = retort(
+                hidden, table.astype(dtype), targets, head, arguments.calls, arguments.hlo
+            )
+            report(name, dtype, entries, measured, result, expected)
+            del result
     if arguments.no_peers:
         return
     # Peers know no padded rows: they get the table without them.
     loss, dx, dw = expected
     valid = slice(arguments.vocab)
     for name, measured, result in peers(hidden, table[valid], targets, arguments.calls):
-        report(name, entries, measured, result, (loss, dx, dw[valid]))
+        report(name, "bfloat16", entries, measured, result, (loss, dx, dw[valid]))
 
 
 if __name__ == "__main__":
