@@ -30,9 +30,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 # On Linux the plain wheel of torch brings CUDA; any CPU build of this version will do for the tests.
-# libtpu (0.7 GB) compiles for TPUs on any machine.
+# libtpu (0.7 GB) compiles for TPUs on any machine. What the extras name is installed without retort
+# itself, which would go away for a moment while it may be in use.
+EXTRAS = dev torch tpu corpus
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --no-compile --editable '.[dev,torch,tpu,corpus]' --constraint constraints.txt
+	$(VENV)/bin/python -c 'import sys, tomllib; \
+	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*(package for extra in sys.argv[1:] for package in extras[extra]), sep="\n")' $(EXTRAS) > $@.txt
+	$(VENV)/bin/python -m pip install --quiet --no-compile --requirement $@.txt --constraint constraints.txt
 	touch $@
 
 clean:

@@ -26,16 +26,14 @@ from schemas.model import ModelConfig, Remat
 Params = dict[str, Any]
 
 
-def _all_but_weights(primitive: Any, *_: Any, **options: Any) -> bool:
-    """Whatever is not a weight on its way: cast, gathered, or named as one."""
-    is_weight = options.get("name") == "weight"
-    return primitive.name not in ("convert_element_type", "sharding_constraint") and not is_weight
+def _all_but_copies(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in ("convert_element_type", "sharding_constraint")
 
 
 # What of a layer pair is kept for the backward; the rest is computed again. Gathered weights never
 # are kept: each device would come to hold all of them.
 _POLICIES: dict[Remat, Any] = {
-    "none": _all_but_weights,
+    "none": _all_but_copies,
     "dots": policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,
         policies.save_only_these_names("attention"),
@@ -54,6 +52,8 @@ class Execution(NamedTuple):
     is_unrolled: bool = False
     """Layer after layer in one program instead of a loop: nothing is copied into stacks of what
     the backward needs, and compiling takes longer the more layers there are."""
+    gathers_apart: bool = False
+    """Set by the model: the backward gathers weights again though the compiler may see a copy."""
 
 
 # So few are not worth a loop, in which XLA on CPU does less in parallel.
@@ -96,8 +96,9 @@ class Linear(nnx.Module):
         if isinstance(kernel, Float8):
             rows = product(rows, kernel)
         else:
-            kernel = execution.placement.weight(self.name, kernel, x.dtype)
-            rows = rows @ checkpoint_name(kernel, "weight")
+            rows = execution.placement.product(
+                self.name, rows, kernel, gathers_apart=execution.gathers_apart
+            )
         return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -207,18 +208,19 @@ class Gemma2(nnx.Module):
         x = execution.placement.embed(self.embedding[...], tokens, dtype)
         x = x * jnp.asarray(self.config.d_model**0.5, dtype)
         definition, stacked = nnx.split(self.pairs)
+        policy, is_kept_apart = _POLICIES[remat], execution.is_unrolled
+        if execution.is_unrolled and remat == "none":
+            # The compiler finds what is to be computed again, and keeps what it finds useful. Were
+            # all of it kept, it would write what it otherwise never takes out of a register. Of
+            # gathered weights it would find the first copy useful too.
+            policy, is_kept_apart = _POLICIES["dots"], False
+            execution = execution._replace(gathers_apart=True)
 
         def body(x: Array, pair: Any) -> tuple[Array, None]:
             return nnx.merge(definition, pair)(x, segment_ids, execution), None
 
         is_short = self.config.num_layers // 2 <= _UNROLLED_PAIRS
-        if execution.is_unrolled and remat == "none" and not execution.placement.is_gathering:
-            # The compiler finds what is to be computed again, and keeps what it finds useful. Were
-            # all of it kept, it would write what it otherwise never takes out of a register. Of
-            # gathered weights it would find the first copy useful too, and keep it.
-            body = jax.checkpoint(body, policy=_POLICIES["dots"], prevent_cse=False)
-        else:
-            body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=execution.is_unrolled)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=is_kept_apart)
         x, _ = jax.lax.scan(body, x, stacked, unroll=execution.is_unrolled or is_short)
         return self.final_norm(x)
 

@@ -125,17 +125,26 @@ class Placement:
         """x [B, ...] with its rows over the devices, and all else whole."""
         return self._put(x, P(ROW_AXES))
 
-    def weight(self, name: str, kernel: Array, dtype: DTypeLike) -> Array:
-        """A layer's matrix [inputs, outputs] in the compute dtype, gathered over `fsdp`.
+    def product(self, name: str, rows: Array, kernel: Array, *, gathers_apart: bool) -> Array:
+        """rows [N, inputs] @ a layer's matrix [inputs, outputs], gathered over `fsdp`.
 
-        It is cast before it moves, and its gradient is scattered as the parameter lies: left to
-        itself, the compiler may move float32, or sum the whole gradient on each device.
+        It is cast to the rows' dtype before it moves, and its gradient is scattered as the
+        parameter lies: left to itself, the compiler may move float32, or sum the whole gradient on
+        each device. The backward casts and gathers it again, with `gathers_apart` even where the
+        compiler sees both and could keep the first.
         """
+        return _product(self, name, gathers_apart and self.is_gathering, rows, kernel)
+
+    def _where(self, name: str, kernel: Array) -> P:
+        """Where a layer's matrix lies."""
         if self.mesh is None:
-            return kernel.astype(dtype)
-        where = P(*partition(("pairs", name), (1, *kernel.shape), self.mesh)[1:])
-        whole = P(*["model" if "model" in axes_of(where, d) else None for d in range(kernel.ndim)])
-        return _gather(self._put, where, whole, jnp.dtype(dtype), kernel)
+            return P()
+        return P(*partition(("pairs", name), (1, *kernel.shape), self.mesh)[1:])
+
+    def _whole(self, name: str, kernel: Array, dtype: DTypeLike) -> Array:
+        where = self._where(name, kernel)
+        whole = ["model" if "model" in axes_of(where, d) else None for d in range(kernel.ndim)]
+        return self._put(kernel.astype(dtype), P(*whole))
 
     @jax.named_scope("attention")
     def attend(
@@ -205,32 +214,38 @@ ALONE = Placement()
 """One device."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _gather(
-    put: Callable[[Array, P], Array], where: P, whole: P, dtype: jnp.dtype, kernel: Array
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+    placement: Placement, name: str, gathers_apart: bool, rows: Array, kernel: Array
 ) -> Array:
-    return put(kernel.astype(dtype), whole)
+    return rows @ placement._whole(name, kernel, rows.dtype)
 
 
-def _gather_forward(
-    put: Callable[[Array, P], Array], where: P, whole: P, dtype: jnp.dtype, kernel: Array
-) -> tuple[Array, Array]:
-    # Not by calling `_gather`: to a remat policy that would be a value like others, to be kept.
-    return put(kernel.astype(dtype), whole), kernel[:0]
+def _product_forward(
+    placement: Placement, name: str, gathers_apart: bool, rows: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    # Not by calling `_product`: a remat policy would see neither the product nor what it reads.
+    return rows @ placement._whole(name, kernel, rows.dtype), (rows, kernel)
 
 
-def _gather_backward(
-    put: Callable[[Array, P], Array],
-    where: P,
-    whole: P,
-    dtype: jnp.dtype,
-    empty: Array,
+def _product_backward(
+    placement: Placement,
+    name: str,
+    gathers_apart: bool,
+    residuals: tuple[Array, Array],
     gradient: Array,
-) -> tuple[Array]:
-    return (put(gradient, where).astype(empty.dtype),)
+) -> tuple[Array, Array]:
+    rows, kernel = residuals
+    # What lies behind a barrier is not the same to the compiler.
+    read = lax.optimization_barrier(kernel) if gathers_apart else kernel
+    of_rows = jnp.einsum("no,io->ni", gradient, placement._whole(name, read, rows.dtype))
+    of_kernel = placement._put(
+        jnp.einsum("ni,no->io", rows, gradient), placement._where(name, kernel)
+    )
+    return of_rows, of_kernel.astype(kernel.dtype)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 @dataclass(frozen=True)

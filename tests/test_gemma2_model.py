@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gemma2 import attention, model, presets
 from gemma2.model import Execution
@@ -172,8 +174,18 @@ def check_that_no_weight_is_kept(residuals, params):
     assert not [x for x in residuals if x.dtype == jnp.bfloat16 and x.shape in weights]
 
 
-@pytest.mark.parametrize(("fsdp", "is_kept_apart"), [(1, False), (2, True)])
-def test_without_remat_the_compiler_may_keep_what_is_not_gathered(fsdp, is_kept_apart):
+@pytest.mark.parametrize(
+    ("remat", "fsdp", "barriers"),
+    [
+        # The compiler chooses, but not among gathered weights: each of a pair's 14 matrices is
+        # read behind a barrier of its own.
+        ("none", 1, 0),
+        ("none", 2, 14),
+        # One barrier for all that the backward is given; a second gathering would be one too many.
+        ("full", 2, 1),
+    ],
+)
+def test_what_keeps_the_compiler_from_keeping(remat, fsdp, barriers):
     mesh = meshes.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:fsdp])
     execution = Execution("reference", Placement(mesh), is_unrolled=True)
     shapes = jax.eval_shape(lambda: model.init_params(TINY, jax.random.key(0)))
@@ -181,13 +193,34 @@ def test_without_remat_the_compiler_may_keep_what_is_not_gathered(fsdp, is_kept_
 
     def loss(params, tokens):
         hidden = model.hidden_states(
-            params, TINY, tokens, tokens, dtype=jnp.bfloat16, remat="none", execution=execution
+            params, TINY, tokens, tokens, dtype=jnp.bfloat16, remat=remat, execution=execution
         )
         return jnp.sum(jnp.square(hidden.astype(jnp.float32)))
 
-    text = str(jax.make_jaxpr(loss)(shapes, tokens))
-    assert f"prevent_cse={is_kept_apart}" in text
-    assert f"prevent_cse={not is_kept_apart}" not in text
+    text = jax.jit(jax.grad(loss)).lower(shapes, tokens).as_text()
+    assert text.count("optimization_barrier") == barriers * TINY.num_layers // 2
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_product_has_the_gradients_of_the_one_jax_knows(devices):
+    mesh = meshes.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
+    placement = Placement(mesh if devices > 1 else None)
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows, kernel, cotangent = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, ((24, 512), (512, 96), (24, 96)), strict=True)
+    )
+    part = jax.device_put(kernel, NamedSharding(mesh, P("fsdp"))) if devices > 1 else kernel
+
+    def gradients(multiply, kernel):
+        found, back = jax.vjp(multiply, rows, kernel)
+        return found, *back(cotangent)
+
+    product = functools.partial(placement.product, "gate", gathers_apart=True)
+    found = jax.jit(functools.partial(gradients, product))(part)
+    for actual, expected in zip(found, gradients(jnp.matmul, kernel), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    assert found[2].sharding.shard_shape(kernel.shape) == (512 // devices, 96)
 
 
 def test_bfloat16_is_near_float32(params):

@@ -21,7 +21,7 @@ from schemas.errors import ConfigError
 from schemas.runs import CorpusConfig
 
 QUIET = Console(quiet=True)
-WORKERS = 3
+WORKERS = 2
 LONGEST_START_SECONDS = 120
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -46,7 +46,7 @@ def write(world: Path, store: Path, options: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory: pytest.TempPathFactory, compile_once: None) -> Iterator[str]:
-    """The address of a Dask scheduler that has three workers, each a process of its own."""
+    """The address of a Dask scheduler that has two workers, each a process of its own."""
     folder = tmp_path_factory.mktemp("dask")
     file = folder / "scheduler.json"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "DASK_TEMPORARY_DIRECTORY": str(folder)}
