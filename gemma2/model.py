@@ -52,8 +52,6 @@ class Execution(NamedTuple):
     is_unrolled: bool = False
     """Layer after layer in one program instead of a loop: nothing is copied into stacks of what
     the backward needs, and compiling takes longer the more layers there are."""
-    gathers_apart: bool = False
-    """Set by the model: the backward gathers weights again though the compiler may see a copy."""
 
 
 # So few are not worth a loop, in which XLA on CPU does less in parallel.
@@ -96,9 +94,7 @@ class Linear(nnx.Module):
         if isinstance(kernel, Float8):
             rows = product(rows, kernel)
         else:
-            rows = execution.placement.product(
-                self.name, rows, kernel, gathers_apart=execution.gathers_apart
-            )
+            rows = execution.placement.product(self.name, rows, kernel)
         return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -211,10 +207,8 @@ class Gemma2(nnx.Module):
         policy, is_kept_apart = _POLICIES[remat], execution.is_unrolled
         if execution.is_unrolled and remat == "none":
             # The compiler finds what is to be computed again, and keeps what it finds useful. Were
-            # all of it kept, it would write what it otherwise never takes out of a register. Of
-            # gathered weights it would find the first copy useful too.
+            # all of it kept, it would write what it otherwise never takes out of a register.
             policy, is_kept_apart = _POLICIES["dots"], False
-            execution = execution._replace(gathers_apart=True)
 
         def body(x: Array, pair: Any) -> tuple[Array, None]:
             return nnx.merge(definition, pair)(x, segment_ids, execution), None

@@ -116,24 +116,19 @@ class Placement:
     is_table_whole: bool = False
     """Every device holds all of the embedding."""
 
-    @property
-    def is_gathering(self) -> bool:
-        """Whether a weight is on one device only while it is used."""
-        return self.mesh is not None and self.mesh.shape["fsdp"] > 1
-
     def rows(self, x: Array) -> Array:
         """x [B, ...] with its rows over the devices, and all else whole."""
         return self._put(x, P(ROW_AXES))
 
-    def product(self, name: str, rows: Array, kernel: Array, *, gathers_apart: bool) -> Array:
+    def product(self, name: str, rows: Array, kernel: Array) -> Array:
         """rows [N, inputs] @ a layer's matrix [inputs, outputs], gathered over `fsdp`.
 
         It is cast to the rows' dtype before it moves, and its gradient is scattered as the
         parameter lies: left to itself, the compiler may move float32, or sum the whole gradient on
-        each device. The backward casts and gathers it again, with `gathers_apart` even where the
-        compiler sees both and could keep the first.
+        each device. The backward casts and gathers it again: kept, all of them would come to lie on
+        each device.
         """
-        return _product(self, name, gathers_apart and self.is_gathering, rows, kernel)
+        return _product(self, name, rows, kernel)
 
     def _where(self, name: str, kernel: Array) -> P:
         """Where a layer's matrix lies."""
@@ -214,31 +209,23 @@ ALONE = Placement()
 """One device."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(
-    placement: Placement, name: str, gathers_apart: bool, rows: Array, kernel: Array
-) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(placement: Placement, name: str, rows: Array, kernel: Array) -> Array:
     return rows @ placement._whole(name, kernel, rows.dtype)
 
 
 def _product_forward(
-    placement: Placement, name: str, gathers_apart: bool, rows: Array, kernel: Array
+    placement: Placement, name: str, rows: Array, kernel: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     # Not by calling `_product`: a remat policy would see neither the product nor what it reads.
     return rows @ placement._whole(name, kernel, rows.dtype), (rows, kernel)
 
 
 def _product_backward(
-    placement: Placement,
-    name: str,
-    gathers_apart: bool,
-    residuals: tuple[Array, Array],
-    gradient: Array,
+    placement: Placement, name: str, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     rows, kernel = residuals
-    # What lies behind a barrier is not the same to the compiler.
-    read = lax.optimization_barrier(kernel) if gathers_apart else kernel
-    of_rows = jnp.einsum("no,io->ni", gradient, placement._whole(name, read, rows.dtype))
+    of_rows = jnp.einsum("no,io->ni", gradient, placement._whole(name, kernel, rows.dtype))
     of_kernel = placement._put(
         jnp.einsum("ni,no->io", rows, gradient), placement._where(name, kernel)
     )
