@@ -21,10 +21,13 @@ lint: $(VENV)/.installed-dev
 
 install: $(VENV)/.installed
 
+# Modules are compiled when they are first imported, as few of those that come along ever are. Where
+# this is set, as in many containers, each process would compile again whatever it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Modules are compiled when they are first imported; of those that come along few are.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --no-compile --editable . --constraint constraints.txt
 	touch $@
