@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from schemas.errors import ConfigError
+
+# For a choice of which one is called `none`: the command line reads that as None, as it is meant
+# for all other fields.
+NAMES_NONE = BeforeValidator(lambda value: "none" if value is None else value)
 
 
 class Document(BaseModel):

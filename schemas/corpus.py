@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from schemas.base import Document
+from schemas.base import NAMES_NONE, Document
 
 MaskedKind = Literal["email", "phone", "ip", "card", "iban"]
 
@@ -29,7 +29,7 @@ class MixtureGroup(Document):
 class QualityConfig(Document):
     """Rules on a document's words, lines and characters; a rule that is none is off."""
 
-    preset: Literal["none", "gopher"] = Field(
+    preset: Annotated[Literal["none", "gopher"], NAMES_NONE] = Field(
         "none", description="gopher: the rules of arXiv 2112.11446 (A1.1), where none is given."
     )
     min_words: int | None = Field(None, ge=0)

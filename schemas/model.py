@@ -1,12 +1,12 @@
 """The model's configuration: everything that decides Gemma 2's shape and arithmetic."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.base import Document
+from schemas.base import NAMES_NONE, Document
 
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Annotated[Literal["none", "dots", "attention", "full"], NAMES_NONE]
 
 # The SentencePiece model beside a model's weights or beside a store.
 TOKENIZER_FILE = "tokenizer.model"

@@ -56,6 +56,8 @@ def test_help_lists_the_verbs(capsys):
         (["inspect", "/no/store"], "/no/store holds no tokens; check the path"),
         (["verify", "/no/store"], "holds no tokens"),
         (["train", "--store=/no/store", "--out=o"], "/no/store holds no"),
+        # A choice may be called what elsewhere is no value.
+        (["train", "--store=/no/store", "--out=o", "--remat=none"], "/no/store holds no"),
         (["dump", "--store=/no/s", "--teacher=t", "--", "--runner=DirectRunner"], "is refused"),
         (["inspect", "s", "--", "--x=1"], "runs no pipeline of its own"),
         (["eval", "--store=/no/s", "--model=/no/m"], "/no/s holds no tokens"),
